@@ -1,0 +1,5 @@
+"""Fused operations on tensors. See README.md beside this file for the table."""
+
+from lora_fused.ops.mixture_lora.api import mixture_lora
+
+__all__ = ["mixture_lora"]

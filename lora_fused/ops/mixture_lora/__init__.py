@@ -1,0 +1,1 @@
+"""Batched LoRA in which every row has its own weighted set of adapters."""

@@ -1,0 +1,91 @@
+"""The public mixture_lora: contract, checks, choice of implementation."""
+
+import torch
+from torch import Tensor
+
+from lora_fused.backends import choose
+from lora_fused.ops.mixture_lora import contract, reference, registration
+
+
+def mixture_lora(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    row_start: Tensor | None,
+    adapter_ids: Tensor,
+    weights: Tensor,
+    *,
+    scale: Tensor | None = None,
+    ranks: Tensor | None = None,
+    row_mixture: Tensor | None = None,
+    max_rank: int | None = None,
+    base: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Add to each row the updates of that row's own weighted set of adapters.
+
+    y[n] = base[n] + sum_j weights[m,j] * scale[k] * lora_b[k]^T (lora_a[k] x[n])
+    with m = row_mixture[n // (N // S)] and k = adapter_ids[m,j]; k = -1 adds exactly nothing.
+
+    Args:
+        x: Inputs, ``[..., I]``, N rows in all. float32, float16 or bfloat16 (float64: reference).
+        lora_a: Down projections. Packed: ``[T, I]``, one row per rank component, adapter after
+            adapter. Slotted: ``[K, R, I]`` with any strides. Its dtype may differ from x's.
+        lora_b: Up projections, transposed: ``[T, O]`` or ``[K, R, O]``, dtype of ``lora_a``.
+        row_start: First row of each adapter in a packed stack, ``[K + 1]`` int32; rank of adapter k
+            is ``row_start[k + 1] - row_start[k]`` (0: an empty segment). None: a slotted stack.
+        adapter_ids: ``[M, J]`` int32 (int64 is converted), -1 = no adapter.
+        weights: ``[M, J]``, read as float32, dimensionless; any sign, any sum.
+        scale: alpha / rank of each adapter, ``[K]``, read as float32. Default: ones.
+        ranks: Slotted form only: ranks in use, ``[K]`` int32. Default: R for all.
+        row_mixture: ``[S]`` int32, S divides N: consecutive N // S rows use mixture
+            ``row_mixture[s]``. Default: arange(M), so M divides N.
+        max_rank: Largest rank of a packed stack, where the caller knows it on the host; spares the
+            reference a read of ``row_start``. Native ignores it.
+        base: The frozen layer's output, ``[..., O]``; never written. Default: the update alone.
+        impl: ``"reference"``, ``"native"`` or ``"auto"``: native for CPU tensors if built, else
+            reference. A named implementation never falls back.
+
+    Returns:
+        ``[..., O]`` in ``base.dtype``, or in ``x.dtype`` without base.
+
+    Raises:
+        ValueError: a shape, dtype, device or (CPU tensors) id disagrees; shows rule and what came.
+        RuntimeError: the named ``impl`` cannot run here; says why and what to install.
+
+    Numerics:
+        Products, the rank-wide intermediate and base + update in float32 (float64 if x is), rounded
+        once. Deterministic. Native: a row's result is bitwise the same alone, in any batch and at
+        any thread count. A weight of 0 contributes 0 for finite x and keeps its true gradient.
+        Differentiable once in x, lora_a, lora_b, weights, scale and base. Ids out of range on a
+        device count as -1. NaN in x, weights or adapters reaches the rows that use it, no others.
+
+    Cost:
+        (I + O) * sum of the ranks used, multiply-adds per row; native reads each distinct adapter
+        once per 1024 rows.
+
+    Source:
+        Batched per-row adapters: Punica, arXiv:2310.18547. Weighted sums: Asadi et al.,
+        arXiv:2402.15414. A different weighted set in every row is ours.
+
+    Example:
+        >>> y = mixture_lora(x, stack.lora_a, stack.lora_b, stack.row_start, ids, weights)
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    name = choose(contract.OP, impl, x.device, x.dtype)
+    count = contract.check_stack(x, lora_a, lora_b, row_start, ranks, scale, name)
+    x_ni = x.reshape(-1, x.shape[-1])
+    adapter_ids = contract.check_route(x_ni, adapter_ids, weights, row_mixture, count)
+    out_shape = (*x.shape[:-1], lora_b.shape[-1])
+    if base is not None:
+        base = contract.check_base(base, x, out_shape).reshape(x_ni.shape[0], -1)
+    # Read as float32; the reference keeps float64 so that it can serve as the truth.
+    weights = weights if weights.dtype == torch.float64 else weights.float()
+    scale = scale if scale is None or scale.dtype == torch.float64 else scale.float()
+    args = (x_ni, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    if name == "native":
+        y = registration.forward(*args)
+    else:
+        y = reference.forward(*args, max_rank=contract.rank_bound(row_start, max_rank))
+    return y.reshape(out_shape)

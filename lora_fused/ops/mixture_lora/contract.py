@@ -1,0 +1,103 @@
+"""What mixture_lora asks of its arguments: shapes always, values where reading them is free."""
+
+import torch
+from torch import Tensor
+
+from lora_fused.checks import invalid, shape
+
+OP = "mixture_lora"
+STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_stack(x, lora_a, lora_b, row_start, ranks, scale, name: str) -> int:
+    """Check the adapters against x and each other; return how many there are (K)."""
+    stored = (*STORAGE, torch.float64) if name == "reference" else STORAGE
+    if x.dim() == 0 or x.dtype not in stored:
+        raise invalid(OP, "x", f"be [..., I] of {_dtypes(stored)} for impl {name!r}", _what(x))
+    dims, form = (3, "[K, R, I]") if row_start is None else (2, "[T, I]")
+    if lora_a.dim() != dims or lora_a.shape[-1] != x.shape[-1]:
+        raise invalid(OP, "lora_a", f"be {form} with I = {x.shape[-1]}", shape(lora_a))
+    if lora_b.dim() != dims or lora_b.shape[:-1] != lora_a.shape[:-1]:
+        rule = f"have the rows of lora_a, {list(lora_a.shape[:-1])}"
+        raise invalid(OP, "lora_b", rule, shape(lora_b))
+    if lora_a.dtype not in stored or lora_b.dtype != lora_a.dtype:
+        got = f"{lora_a.dtype} and {lora_b.dtype}"
+        raise invalid(OP, "lora_a and lora_b", f"share one of {_dtypes(stored)}", got)
+    if row_start is not None and ranks is not None:
+        raise invalid(OP, "ranks", "be None for a packed stack (row_start given)", shape(ranks))
+    count = lora_a.shape[0] if row_start is None else row_start.numel() - 1
+    for label, t, size in (("row_start", row_start, max(count, 0) + 1), ("ranks", ranks, count)):
+        if t is not None and (t.shape != (size,) or t.dtype != torch.int32):
+            raise invalid(OP, label, f"be int32 [{size}]", _what(t))
+    if scale is not None and (scale.shape != (count,) or not scale.is_floating_point()):
+        raise invalid(OP, "scale", f"be floating point [{count}]", _what(scale))
+    named = {"lora_a": lora_a, "lora_b": lora_b, "row_start": row_start, "ranks": ranks}
+    _check_device(x.device, **named, scale=scale)
+    return count
+
+
+def check_route(x_ni, adapter_ids, weights, row_mixture, count: int) -> Tensor:
+    """Check the routing against x [N, I]; return the ids as int32."""
+    if adapter_ids.dim() != 2 or adapter_ids.dtype not in (torch.int32, torch.int64):
+        raise invalid(OP, "adapter_ids", "be int32 or int64 [M, J]", _what(adapter_ids))
+    if weights.shape != adapter_ids.shape or not weights.is_floating_point():
+        rule = f"be floating point {shape(adapter_ids)} like adapter_ids"
+        raise invalid(OP, "weights", rule, _what(weights))
+    mixtures, rows = adapter_ids.shape[0], x_ni.shape[0]
+    if row_mixture is not None and (row_mixture.dim() != 1 or row_mixture.dtype != torch.int32):
+        raise invalid(OP, "row_mixture", "be int32 [S]", _what(row_mixture))
+    label = "adapter_ids" if row_mixture is None else "row_mixture"
+    groups = mixtures if row_mixture is None else row_mixture.shape[0]
+    if rows % groups if groups else rows:
+        raise invalid(OP, label, f"have a first size that divides the {rows} rows of x", groups)
+    _check_device(x_ni.device, adapter_ids=adapter_ids, weights=weights, row_mixture=row_mixture)
+    # A device tensor is not read (that would be a sync); a traced one cannot be.
+    if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range("adapter_ids", adapter_ids, -1, count)
+        if row_mixture is not None:
+            _check_range("row_mixture", row_mixture, 0, mixtures)
+    elif adapter_ids.dtype == torch.int64:  # a plain cast could wrap into a valid id
+        adapter_ids = adapter_ids.clamp(-1, 2**31 - 1)
+    return adapter_ids.int()
+
+
+def check_base(base: Tensor, x: Tensor, out_shape: tuple) -> Tensor:
+    """Check the frozen layer's output against the shape of the update."""
+    if base.shape != out_shape or not base.is_floating_point():
+        raise invalid(OP, "base", f"be floating point {list(out_shape)}", _what(base))
+    _check_device(x.device, base=base)
+    return base
+
+
+def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
+    """The largest rank of a packed stack; None where it cannot be read (T bounds it then)."""
+    if row_start is None or torch.compiler.is_compiling() or row_start.numel() < 2:
+        return max_rank
+    if max_rank is None or row_start.device.type == "cpu":
+        largest = int(row_start.diff().max())
+        if max_rank is not None and max_rank < largest:
+            raise invalid(OP, "max_rank", f"be at least the largest rank, {largest}", max_rank)
+        return largest
+    return max_rank
+
+
+def _check_range(label: str, ids: Tensor, low: int, high: int) -> None:
+    if ids.numel():
+        least, most = (int(t) for t in ids.aminmax())
+        if least < low or most >= high:
+            got = least if least < low else most
+            raise invalid(OP, label, f"lie in [{low}, {high - 1}]", got)
+
+
+def _check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    for label, t in tensors.items():
+        if t is not None and t.device != device:
+            raise invalid(OP, label, f"be on {device} like x", t.device)
+
+
+def _what(t: Tensor) -> str:
+    return f"{t.dtype} {shape(t)}"
+
+
+def _dtypes(dtypes: tuple) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

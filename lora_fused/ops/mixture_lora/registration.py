@@ -1,0 +1,82 @@
+"""Schemas, shape functions and autograd of mixture_lora's compiled implementations.
+
+The schema lives here and not in C++, so the package imports and traces whether or not the extension
+was built. Each operator is a raw kernel; differentiation goes through MixtureLoraFunction alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+STACK = "Tensor lora_a, Tensor lora_b, Tensor? row_start, Tensor? ranks"
+ROUTE = "Tensor adapter_ids, Tensor weights, Tensor? scale, Tensor? row_mixture"
+
+# `needs` has bit i set where the i-th of (x, lora_a, lora_b, weights, scale) wants a gradient; the
+# others come back as empty tensors, so the arity is fixed.
+torch.library.define(
+    "lora_fused::mixture_lora_fwd_native", f"(Tensor x, {STACK}, {ROUTE}, Tensor? base) -> Tensor"
+)
+torch.library.define(
+    "lora_fused::mixture_lora_bwd_native",
+    f"(Tensor grad, Tensor x, {STACK}, {ROUTE}, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("lora_fused::mixture_lora_fwd_native")
+def _fwd_fake(
+    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
+) -> Tensor:
+    dtype = x.dtype if base is None else base.dtype
+    return x.new_empty(x.shape[0], lora_b.shape[-1], dtype=dtype)
+
+
+@torch.library.register_fake("lora_fused::mixture_lora_bwd_native")
+def _bwd_fake(
+    grad, x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = lora_a.shape[0] if row_start is None else row_start.shape[0] - 1
+    full = [
+        (x.shape, x.dtype),
+        (lora_a.shape, lora_a.dtype),
+        (lora_b.shape, lora_b.dtype),
+        (weights.shape, torch.float32),
+        ((count,), torch.float32),
+    ]
+    return tuple(
+        x.new_empty(shape if needs >> i & 1 else (0,), dtype=dtype)
+        for i, (shape, dtype) in enumerate(full)
+    )
+
+
+class MixtureLoraFunction(torch.autograd.Function):
+    """y = mixture_lora(x, ...) (+ base), with one operator forward and one backward."""
+
+    @staticmethod
+    def forward(
+        ctx, x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
+    ):
+        saved = (x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture)
+        ctx.save_for_backward(*saved)
+        ctx.base_dtype = None if base is None else base.dtype
+        return torch.ops.lora_fused.mixture_lora_fwd_native(*saved, base)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 6, 7)]
+        needs = sum(1 << i for i, want in enumerate(wanted) if want)
+        grads = [None] * 5
+        if needs:
+            out = torch.ops.lora_fused.mixture_lora_bwd_native(grad, *ctx.saved_tensors, needs)
+            grads = [g if want else None for g, want in zip(out, wanted, strict=True)]
+        x, lora_a, lora_b, weights, scale = grads
+        base = grad.to(ctx.base_dtype) if ctx.needs_input_grad[9] else None
+        return x, lora_a, lora_b, None, None, None, weights, scale, None, base
+
+
+def forward(*args: Tensor | None) -> Tensor:
+    """Run the native operator, through autograd only where a gradient is wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return MixtureLoraFunction.apply(*args)
+    return torch.ops.lora_fused.mixture_lora_fwd_native(*args)

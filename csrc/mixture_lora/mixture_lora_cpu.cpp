@@ -1,0 +1,247 @@
+// mixture_lora on CPU tensors: lora_fused::mixture_lora_{fwd,bwd}_native on torch's stable ABI.
+// Schemas are defined in lora_fused/ops/mixture_lora/registration.py, which also checks arguments.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "mixture_lora_engine.h"
+
+namespace lora_fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kPlanRows = 1024;  // rows handled at a time: bounds scratch in long prefills
+
+const MixtureKernels& kernels_in_use() {
+#if defined(__x86_64__)
+  switch (isa_in_use()) {
+    case Isa::avx512:
+      return avx512::mixture_kernels;
+    case Isa::avx2_w16:
+      return avx2_w16::mixture_kernels;
+    case Isa::avx2:
+      return avx2::mixture_kernels;
+    case Isa::generic:
+      break;
+  }
+#endif
+  return generic::mixture_kernels;
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "mixture_lora: ", name, " must be float32, float16 or bfloat16");
+  }
+}
+
+template <class T>
+const T* pointer(const OptionalTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+Side side_of(const Tensor& t, const char* name) {
+  const bool packed = t.dim() == 2;
+  const int64_t last = t.dim() - 1;
+  return {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, name), t.size(last),
+          packed ? 0 : t.stride(0), t.stride(last - 1), t.stride(last)};
+}
+
+// The arguments that forward and backward share, and what keeps their memory alive.
+struct Call {
+  OptionalTensor row_start, ranks, scale, row_mixture;
+  Tensor ids, weights;
+  Stack stack;
+  Route route;
+
+  Call(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& start,
+       const OptionalTensor& slot_ranks, const Tensor& adapter_ids, const Tensor& weights_mj,
+       const OptionalTensor& scale_k, const OptionalTensor& row_mixture_s)
+      : row_start(contiguous(start)), ranks(contiguous(slot_ranks)), scale(contiguous(scale_k)),
+        row_mixture(contiguous(row_mixture_s)), ids(torch::stable::contiguous(adapter_ids)),
+        weights(torch::stable::contiguous(weights_mj)) {
+    const bool ints = ids.scalar_type() == ScalarType::Int &&
+                      (!row_start || row_start->scalar_type() == ScalarType::Int) &&
+                      (!ranks || ranks->scalar_type() == ScalarType::Int) &&
+                      (!row_mixture || row_mixture->scalar_type() == ScalarType::Int);
+    STD_TORCH_CHECK(ints, "mixture_lora: row_start, ranks, adapter_ids, row_mixture must be int32");
+    const bool floats = weights.scalar_type() == ScalarType::Float &&
+                        (!scale || scale->scalar_type() == ScalarType::Float);
+    STD_TORCH_CHECK(floats, "mixture_lora: weights and scale must be float32");
+    stack = {side_of(lora_a, "lora_a"), side_of(lora_b, "lora_b"),
+             pointer<int32_t>(row_start), pointer<int32_t>(ranks),
+             row_start ? row_start->size(0) - 1 : lora_a.size(0), lora_a.size(0),
+             row_start ? 0 : lora_a.size(1)};
+    const int64_t groups = row_mixture ? row_mixture->size(0) : ids.size(0);
+    STD_TORCH_CHECK(x.size(1) == stack.a.columns && lora_b.dim() == lora_a.dim() &&
+                        lora_b.size(0) == lora_a.size(0) && stack.b.dtype == stack.a.dtype,
+                    "mixture_lora: lora_a and lora_b must fit x and each other");
+    STD_TORCH_CHECK(groups ? x.size(0) % groups == 0 : x.size(0) == 0,
+                    "mixture_lora: mixtures must divide the rows of x, got ", groups);
+    route = {static_cast<const int32_t*>(ids.const_data_ptr()),
+             static_cast<const float*>(weights.const_data_ptr()), pointer<float>(scale),
+             pointer<int32_t>(row_mixture), ids.size(0), ids.size(1), groups, x.size(0)};
+  }
+};
+
+// Rows [N, C] as float32: in place where they are, else widened into `copy`.
+Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name,
+              std::vector<float>& copy) {
+  const Dtype dtype = dtype_of(t, name);
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const int64_t n = t.size(0), columns = t.size(1), row = t.stride(0), column = t.stride(1);
+  if (dtype == Dtype::f32 && (column == 1 || columns <= 1))
+    return {reinterpret_cast<const float*>(data), row};
+  if (int64_t(copy.size()) < n * columns) copy.resize(n * columns);
+  parallel_tasks(std::vector<int64_t>(n, columns), [&](int64_t i) {
+    kernels.widen(data + i * row * dtype_size(dtype), dtype, column, copy.data() + i * columns,
+                  columns);
+  });
+  return {copy.data(), columns};
+}
+
+float* room_for(std::vector<float>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+               const OptionalTensor& row_start, const OptionalTensor& ranks,
+               const Tensor& adapter_ids, const Tensor& weights, const OptionalTensor& scale,
+               const OptionalTensor& row_mixture, const OptionalTensor& base) {
+  static thread_local std::vector<float> widened, h;
+  static thread_local Plan plan;
+  const MixtureKernels& kernels = kernels_in_use();
+  const Call call(x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture);
+  const int64_t rows = x.size(0), columns = call.stack.b.columns;
+  Tensor y = torch::stable::new_empty(base ? *base : x, {rows, columns});
+  Output output = {nullptr, Dtype::f32, 0, static_cast<char*>(y.mutable_data_ptr()),
+                   dtype_of(y, "base"), columns};
+  OptionalTensor base_rows = base;
+  if (base) {
+    if (base->stride(1) != 1) base_rows = torch::stable::contiguous(*base);
+    output.base = static_cast<const char*>(base_rows->const_data_ptr());
+    output.base_dtype = output.dtype;
+    output.base_stride = base_rows->stride(0);
+  }
+  const Rows x_rows = as_float(kernels, x, "x", widened);
+  for (int64_t n = 0; n < rows; n += kPlanRows) {
+    make_plan(call.stack, call.route, n, std::min(n + kPlanRows, rows), plan);
+    float* coef = room_for(h, plan.h_size);
+    shrink_rows(kernels, call.stack, call.stack.a, plan, x_rows, true, coef);
+    expand_rows(kernels, call.stack, call.stack.b, plan, coef, output);
+  }
+  return y;
+}
+
+// What the gradients of weights and scale share: <h, q> of each pair, h = A x, q = B g.
+void weight_gradients(const Call& call, const Plan& plan, const float* h, const float* q,
+                      float* weights, float* scale) {
+  const Route& route = call.route;
+  std::vector<float> pair_dot(route.rows * route.per_row, 0.0f);
+  for (const Segment& s : plan.segments) {
+    double sum = 0.0;
+    const float own = route.scale ? route.scale[s.adapter] : 1.0f;
+    for (int64_t p = s.begin; p < s.end; ++p) {
+      double dot = 0.0;
+      const int64_t at = s.h + (p - s.begin) * s.rank, n = plan.index[p] / route.per_row;
+      for (int64_t r = 0; r < s.rank; ++r) dot += double(h[at + r]) * q[at + r];
+      const int64_t j = plan.index[p] % route.per_row;
+      sum += route.weights[route.mixture(n) * route.per_row + j] * dot;
+      pair_dot[plan.index[p]] = float(own * dot);
+    }
+    if (scale) scale[s.adapter] = float(sum);
+  }
+  if (!weights) return;
+  std::vector<double> total(route.mixtures * route.per_row, 0.0);
+  for (int64_t n = 0; n < route.rows; ++n)
+    for (int64_t j = 0; j < route.per_row; ++j)
+      total[route.mixture(n) * route.per_row + j] += pair_dot[n * route.per_row + j];
+  for (size_t i = 0; i < total.size(); ++i) weights[i] = float(total[i]);
+}
+
+void scale_pairs(const Plan& plan, std::vector<float>& h) {
+  for (const Segment& s : plan.segments)
+    for (int64_t p = s.begin; p < s.end; ++p)
+      for (int64_t r = 0; r < s.rank; ++r)
+        h[s.h + (p - s.begin) * s.rank + r] *= plan.factor[p];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+    const OptionalTensor& row_start, const OptionalTensor& ranks, const Tensor& adapter_ids,
+    const Tensor& weights, const OptionalTensor& scale, const OptionalTensor& row_mixture,
+    int64_t needs) {
+  const MixtureKernels& kernels = kernels_in_use();
+  const Call call(x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture);
+  const Stack& stack = call.stack;
+  const bool need_x = needs & 1, need_a = needs & 2, need_b = needs & 4;
+  const bool need_weights = needs & 8, need_scale = needs & 16;
+  std::vector<float> x_copy, grad_copy, h, q;
+  const Rows x_rows = as_float(kernels, x, "x", x_copy);
+  const Rows grad_rows = as_float(kernels, grad, "grad", grad_copy);
+  Plan plan;
+  make_plan(stack, call.route, 0, x.size(0), plan);
+  h.resize(plan.h_size);
+  q.resize(plan.h_size);
+  if (need_b || need_weights || need_scale)
+    shrink_rows(kernels, stack, stack.a, plan, x_rows, false, h.data());
+  if (need_x || need_a || need_weights || need_scale)
+    shrink_rows(kernels, stack, stack.b, plan, grad_rows, false, q.data());
+
+  const auto made = [&](bool needed, const Tensor& like, auto size, ScalarType dtype) {
+    const std::vector<int64_t> none = {0};
+    return torch::stable::new_zeros(like, needed ? std::vector<int64_t>(size.begin(), size.end()) : none,
+                                    dtype);
+  };
+  Tensor grad_x = made(need_x, x, x.sizes(), x.scalar_type());
+  Tensor grad_a = made(need_a, x, lora_a.sizes(), lora_a.scalar_type());
+  Tensor grad_b = made(need_b, x, lora_b.sizes(), lora_b.scalar_type());
+  Tensor grad_w = made(need_weights, x, weights.sizes(), ScalarType::Float);
+  Tensor grad_s = made(need_scale, x, std::vector<int64_t>{stack.count}, ScalarType::Float);
+  if (need_weights || need_scale)
+    weight_gradients(call, plan, h.data(), q.data(),
+                     need_weights ? static_cast<float*>(grad_w.mutable_data_ptr()) : nullptr,
+                     need_scale ? static_cast<float*>(grad_s.mutable_data_ptr()) : nullptr);
+  scale_pairs(plan, q);
+  if (need_x)
+    expand_rows(kernels, stack, stack.a, plan, q.data(),
+                {nullptr, Dtype::f32, 0, static_cast<char*>(grad_x.mutable_data_ptr()),
+                 dtype_of(x, "x"), x.size(1)});
+  if (need_a)
+    outer_rows(kernels, stack, plan, q.data(), x_rows, stack.a.columns,
+               static_cast<char*>(grad_a.mutable_data_ptr()), stack.a.dtype);
+  if (need_b) {
+    scale_pairs(plan, h);
+    outer_rows(kernels, stack, plan, h.data(), grad_rows, stack.b.columns,
+               static_cast<char*>(grad_b.mutable_data_ptr()), stack.b.dtype);
+  }
+  return {grad_x, grad_a, grad_b, grad_w, grad_s};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_fused, CPU, m) {
+  m.impl("mixture_lora_fwd_native", TORCH_BOX(&forward));
+  m.impl("mixture_lora_bwd_native", TORCH_BOX(&backward));
+}
+
+}  // namespace lora_fused

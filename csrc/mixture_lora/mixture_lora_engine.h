@@ -1,0 +1,98 @@
+// mixture_lora on raw pointers: routing -> segments, then shrink, expand and outer over them.
+//
+// Rows are visited adapter by adapter (segments), so an adapter is read once for all the rows that
+// use it. A row's own order of summation is by ascending adapter id, then j: it does not depend on
+// the other rows.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "mixture_lora_kernels.h"
+
+namespace lora_fused {
+
+// lora_a or lora_b: element (k, r, c) lies at first(k) + r * stride_row + c * stride_col.
+struct Side {
+  const char* data;
+  Dtype dtype;
+  int64_t columns, stride_slot, stride_row, stride_col;
+};
+
+struct Stack {
+  Side a, b;
+  const int32_t* row_start;  // packed: K + 1 entries; null: slotted
+  const int32_t* ranks;      // slotted: K entries or null (all max_rank)
+  int64_t count, rows, max_rank;
+
+  int64_t rank(int64_t k) const {
+    if (row_start) return row_start[k + 1] - row_start[k];
+    return ranks ? ranks[k] : max_rank;
+  }
+  // In rows: where adapter k begins in a contiguous copy of the stack.
+  int64_t first_row(int64_t k) const { return row_start ? row_start[k] : k * max_rank; }
+  const char* at(const Side& side, int64_t k, int64_t r) const {
+    const int64_t first = row_start ? row_start[k] * side.stride_row : k * side.stride_slot;
+    return side.data + (first + r * side.stride_row) * dtype_size(side.dtype);
+  }
+};
+
+struct Route {
+  const int32_t* adapter_ids;  // [M, J]
+  const float* weights;        // [M, J]
+  const float* scale;          // [K] or null
+  const int32_t* row_mixture;  // [S] or null
+  int64_t mixtures, per_row, groups, rows;
+
+  int64_t mixture(int64_t n) const {
+    const int64_t s = n / (rows / groups);
+    return row_mixture ? row_mixture[s] : s;
+  }
+};
+
+// Rows as float32.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t n) const { return data + n * stride; }
+};
+
+// One adapter and the pairs (row, j) of a range of rows that use it.
+struct Segment {
+  int64_t adapter, rank, begin, end;  // pairs [begin, end) of the plan
+  int64_t h;                          // its first value in rank-wide buffers: [pairs, rank]
+};
+
+struct Plan {
+  int64_t first_row, last_row;
+  std::vector<int32_t> row, index;  // of each pair: row - first_row; n * J + j
+  std::vector<float> factor;        // weight * scale
+  std::vector<Segment> segments;
+  int64_t h_size;
+};
+
+void make_plan(const Stack& stack, const Route& route, int64_t first_row, int64_t last_row,
+               Plan& plan);
+
+// h[pair][r] = <rows[n], side[k][r]>, times the pair's factor if `weighted`.
+void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
+                 const Plan& plan, const Rows& rows, bool weighted, float* h);
+
+// out[n] = base[n] + sum over pairs and r of coef[pair][r] * side[k][r], rounded once.
+struct Output {
+  const char* base;  // null: the update alone
+  Dtype base_dtype;
+  int64_t base_stride;  // in elements, between rows
+  char* out;
+  Dtype dtype;
+  int64_t columns;
+};
+void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
+                 const Plan& plan, const float* coef, const Output& output);
+
+// out[k][r] = sum over pairs of coef[pair][r] * rows[n], in a contiguous copy of the stack.
+void outer_rows(const MixtureKernels& kernels, const Stack& stack, const Plan& plan,
+                const float* coef, const Rows& rows, int64_t columns, char* out, Dtype dtype);
+
+}  // namespace lora_fused

@@ -41,10 +41,47 @@ def forward(
         h_snr = torch.where(live_sr[:, None, :], x_sni @ a_sri.mT, 0.0)
         factor_s = weights[:, j].to(compute) * stack.scale[ids_s].to(compute)
         update_sno = update_sno + (h_snr * factor_s[:, None, None]) @ b_sro
-    update = update_sno.reshape(x.shape[0], -1)
+    update = update_sno.reshape(x.shape[0], lora_b.shape[-1])
     if base is None:
         return update.to(x.dtype)
     return (base.to(compute) + update).to(base.dtype)
+
+
+def embedding_update(
+    tokens: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    row_start: Tensor,
+    adapter_ids: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    row_mixture: Tensor | None,
+    base: Tensor,
+    max_rank: int,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """As ``forward`` of a packed stack with x the unit vectors of ``tokens`` [N], none formed.
+
+    As in nn.Embedding, tokens equal to padding_idx give lora_a no gradient.
+    """
+    compute = torch.float64 if base.dtype == torch.float64 else torch.float32
+    if row_mixture is not None:
+        adapter_ids, weights = adapter_ids[row_mixture], weights[row_mixture]
+    groups, n_j = adapter_ids.shape
+    tokens_sn = tokens.reshape(groups, tokens.shape[0] // max(groups, 1))
+    update_sno = base.new_zeros(*tokens_sn.shape, lora_b.shape[-1], dtype=compute)
+    stack = Segments(lora_a, lora_b, row_start, None, scale, max_rank)
+    for j in range(n_j):
+        ids_s = stack.sentinel(adapter_ids[:, j])
+        (row_sr,), live_sr = stack.address(ids_s)
+        h_snr = stack.lora_a[row_sr[:, None, :], tokens_sn[..., None]].to(compute)
+        if padding_idx is not None:
+            h_snr = torch.where((tokens_sn == padding_idx)[..., None], h_snr.detach(), h_snr)
+        h_snr = torch.where(live_sr[:, None, :], h_snr, 0.0)
+        b_sro = torch.where(live_sr[..., None], stack.lora_b[row_sr].to(compute), 0.0)
+        factor_s = weights[:, j].to(compute) * stack.scale[ids_s].to(compute)
+        update_sno = update_sno + (h_snr * factor_s[:, None, None]) @ b_sro
+    return (base.to(compute) + update_sno.reshape(base.shape)).to(base.dtype)
 
 
 class Segments:
@@ -72,14 +109,19 @@ class Segments:
         """Ids with "none" (and, on a device, anything out of range) turned into K."""
         return torch.where((ids >= 0) & (ids < self.count), ids, self.count).long()
 
-    def gather(self, ids_s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors [s, r, i] and [s, r, o] of each id, zero beyond its rank, and the mask [s, r]."""
+    def address(self, ids_s: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Where the rank rows of each id lie, as an index of the factors, and which are its own."""
         offset_r = torch.arange(max(self.rows, 1), device=ids_s.device)
         live_sr = offset_r < self.rank[ids_s, None]
         if self.packed:
             index = (torch.where(live_sr, self.start[ids_s, None] + offset_r, 0),)
         else:
             index = (torch.where(ids_s < self.count, ids_s, 0)[:, None], offset_r)
+        return index, live_sr
+
+    def gather(self, ids_s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors [s, r, i] and [s, r, o] of each id, zero beyond its rank, and the mask [s, r]."""
+        index, live_sr = self.address(ids_s)
         a_sri, b_sro = (
             torch.where(live_sr[..., None], t[index].to(dtype), 0.0)
             for t in (self.lora_a, self.lora_b)

@@ -1,0 +1,199 @@
+"""attach(model, bank): give layers their adapters in place, and take them back exactly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+
+from torch import Tensor, nn
+
+from lora_fused.adapters import AdapterBank, AdapterStack
+from lora_fused.checks import invalid
+from lora_fused.mixture import Mixture, Route
+from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
+from lora_fused.nn.routing import Active, Routing, Site
+
+_OP = "attach"
+# Modules with a fast path that reads their children's weights past the children's forward.
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error") -> "Handle":
+    """Give every module that the bank adapts its adapters, in place.
+
+    Each module keeps its identity, Parameters, hooks and state_dict keys: only its class changes,
+    to a subclass whose forward adds the update of the mixture in force. Adapters never enter
+    ``model.state_dict()``; ``lora_fused.io`` saves them. The bank's stacks move to their modules'
+    devices. Without a mixture the model computes exactly what it did before.
+
+    Args:
+        model: with the bank's modules under the bank's names, each exactly an nn.Linear, an
+            nn.Embedding or transformers' Conv1D.
+        bank: at least one adapter. Adapters of the same modules may be added later.
+        saved_modules: what to do about fully trained modules (PEFT's modules_to_save) in the bank.
+            ``"error"``: refuse them by name; ``"ignore"``: use the model's own; ``"apply"``: rows
+            with one adapter run its copy of the module, rows with none the model's own.
+
+    Returns:
+        The handle that mixes and detaches; ``handle_of(model)`` finds it again, also on a deepcopy,
+        which has its own copy of the bank.
+
+    Raises:
+        ValueError: a module is missing, of another type or size, on the meta device, or inside
+            nn.MultiheadAttention or nn.TransformerEncoderLayer, whose fast paths skip it; the model
+            is attached already; the bank is empty or has saved modules. Nothing has changed then.
+
+    Example:
+        >>> handle = attach(model, bank)
+        >>> with handle.mix(Mixture.rows([{"math": 0.7, "code": 0.3}, None])):
+        ...     model.generate(**batch)
+        >>> handle.detach()
+    """
+    if saved_modules not in ("error", "ignore", "apply"):
+        rule = "be 'error', 'ignore' or 'apply'"
+        raise invalid(_OP, "saved_modules", rule, repr(saved_modules))
+    if any(_site(module) for module in model.modules()):
+        raise invalid(_OP, "model", "be detached", "an attached model (see handle_of)")
+    if not bank.stacks:
+        raise invalid(_OP, "bank", "hold at least one adapter", "an empty bank")
+    targets = _targets(model, bank)
+    check_saved_policy(_OP, bank, saved_modules)
+    for name, module in targets.items():
+        bank.stacks[name].to(module.weight.device)
+    routing = Routing(bank, dict(bank.stacks), saved_modules)
+    for name, module in targets.items():
+        module.__class__ = layer_class(module)
+        module.lora_stack = bank.stacks[name]
+        module.lora_site = Site(name, routing)
+    return Handle(model, routing, tuple(targets.values()))
+
+
+def handle_of(model: nn.Module) -> "Handle":
+    """The handle of an attached model; a deepcopy has its own."""
+    layers = {s.name: m for m in model.modules() if (s := _site(m)) is not None}
+    routing = next((_site(m).routing for m in layers.values()), None)
+    if routing is None or len(layers) != len(routing.stacks):
+        what = "one that is not" if routing is None else "a part of one"
+        raise invalid("handle_of", "model", "be an attached model", what)
+    return Handle(model, routing, tuple(layers.values()))
+
+
+class Handle:
+    """An attached model: mix adapters into its forwards, or detach it."""
+
+    def __init__(self, model: nn.Module, routing: Routing, layers: Sequence[MixtureLayer]):
+        self.model, self._routing, self._layers = model, routing, layers
+
+    @property
+    def bank(self) -> AdapterBank:
+        return self._routing.bank
+
+    def mix(self, mixture: Mixture) -> AbstractContextManager[None]:
+        """Put a mixture in force for the forwards (and backwards) inside the with block.
+
+        A nested one overrides it. One thread at a time; after ``bank.remove`` or ``compact`` enter
+        again. ValueError where the rows of a batch do not fit, naming the module.
+        """
+        self._routing.check("mix")
+        check_saved_policy("mix", self.bank, self._routing.saved_modules)
+        return self._routing.using(Active(mixture, mixture.resolve(self.bank)))
+
+    def route(
+        self, fn: Callable[[str, Tensor], tuple[Tensor, Tensor]], *, per: str = "token"
+    ) -> AbstractContextManager[None]:
+        """Ask ``fn(module_name, x) -> (ids, weights)`` in every layer: a router (Arrow).
+
+        ids and weights are ``[M, J]``, M the tokens (or samples, by ``per``) of x, or 1.
+        """
+        self._routing.check("route")
+        version = self.bank.version
+
+        def router(name: str, x: Tensor) -> Route:
+            ids, weights = fn(name, x)
+            return Route(ids, weights, None, per, version)
+
+        return self._routing.using(Active(fn, None, router))
+
+    def detach(self) -> None:
+        """Restore the model exactly; the bank keeps its adapters."""
+        routing = self._routing
+        routing.check("detach")
+        if routing.active.source is not None:
+            raise RuntimeError("detach: the mixture must be closed first, got one in force")
+        for layer in self._layers:
+            del layer.lora_stack, layer.lora_site
+            layer.__class__ = type(layer).__mro__[2]
+        routing.attached = False
+
+
+def check_saved_policy(op: str, bank: AdapterBank, policy: str) -> None:
+    """Refuse saved modules where nobody said what to do with them."""
+    if policy == "error" and bank.saved:
+        found = {name: sorted(_owners(tensors)) for name, tensors in bank.saved.items()}
+        rule = "have no saved modules (pass saved_modules='ignore' or 'apply')"
+        raise invalid(op, "bank", rule, found)
+
+
+def _owners(tensors: dict[str, Tensor]) -> set[str]:
+    return {path.rpartition(".")[0] for path in tensors}
+
+
+def _site(module: nn.Module) -> Site | None:
+    return getattr(module, "lora_site", None)
+
+
+def _targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
+    """The model's modules under the bank's names, all checked."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in bank.stacks if name not in modules]
+    if missing:
+        raise invalid(_OP, "model", "have every module of the bank", _missing(missing, modules))
+    targets = {name: modules[name] for name in bank.stacks}
+    first: dict[int, str] = {}
+    for name, module in targets.items():
+        _check_target(name, module, bank.stacks[name])
+        for ancestor in _ancestors(name, modules):
+            if isinstance(ancestor, _BYPASSING):
+                rule = f"stay outside {type(ancestor).__name__}, which reads its weight directly"
+                raise invalid(_OP, f"module {name!r}", rule, "a part of it")
+        other = first.setdefault(id(module), name)
+        if other != name:
+            raise invalid(_OP, f"module {name!r}", "occur once", f"the same module as {other!r}")
+    return targets
+
+
+def _check_target(name: str, module: nn.Module, stack: AdapterStack) -> None:
+    what = f"module {name!r}"
+    if layer_class(module) is None:
+        rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D"
+        raise invalid(_OP, what, rule, f"{type(module).__module__}.{type(module).__qualname__}")
+    if "forward" in vars(module):
+        raise invalid(_OP, what, "have its class's forward", "one replaced on the instance")
+    embedding = isinstance(module, nn.Embedding)
+    if embedding != stack.embedding:
+        kinds = ("linear layer", "embedding")
+        rule = f"be an adapted {kinds[stack.embedding]} like the bank's"
+        raise invalid(_OP, what, rule, f"an {kinds[embedding]}")
+    if embedding and (module.max_norm is not None or module.scale_grad_by_freq):
+        raise invalid(_OP, what, "have no max_norm and no scale_grad_by_freq", module)
+    sizes = (stack.in_features, stack.out_features)
+    if layer_sizes(module) != sizes:
+        rule = f"have the adapters' in and out features {sizes}"
+        raise invalid(_OP, what, rule, layer_sizes(module))
+    if module.weight.is_meta:
+        raise invalid(_OP, what, "have its weight on a real device", "the meta device")
+
+
+def _ancestors(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield modules[name]
+
+
+def _missing(names: list[str], modules: dict[str, nn.Module]) -> str:
+    known = [name for name, module in modules.items() if layer_class(module) is not None]
+    lines = []
+    for name in names[:5]:
+        close = get_close_matches(name, known, n=2, cutoff=0.5)
+        lines.append(f"{name!r} (close: {', '.join(map(repr, close)) or 'none'})")
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"no {', '.join(lines)}{more}"

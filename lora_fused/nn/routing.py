@@ -1,0 +1,169 @@
+"""What the attached layers of one model share: the bank and the mixture in force."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_fused.adapters import AdapterBank
+from lora_fused.checks import invalid
+from lora_fused.mixture import Route
+
+
+class Active(NamedTuple):
+    """What the layers read in a forward.
+
+    Attributes:
+        source: the Mixture or the router function in force; None: no adapter.
+        route: of a mixture. With no adapter a route of -1, which only compiled code reads: a graph
+            that saw None there would have to be compiled anew for the first mixture.
+        router: ``fn(module_name, x) -> Route``, in place of ``route``.
+        saved_rows: adapter name (None: the model's own) -> its rows, for saved modules applied.
+    """
+
+    source: object
+    route: Route | None
+    router: Callable | None = None
+    saved_rows: dict[str | None, Tensor | None] | None = None
+
+
+class Routing:
+    """One plain object per model, held by all of its attached layers.
+
+    Not a ContextVar (it breaks fullgraph compilation) and not a thread-local (a backward pass may
+    recompute a layer in another thread).
+
+    Attributes:
+        stacks: module name -> the AdapterStack that its layer holds.
+        saved_modules: the policy given to ``attach``.
+        position: module name -> its index in ``bank.modules``, the order of per-module weights.
+    """
+
+    def __init__(self, bank: AdapterBank, stacks: dict, saved_modules: str):
+        self.bank, self.stacks, self.saved_modules = bank, stacks, saved_modules
+        self.position = {name: i for i, name in enumerate(bank.modules)}
+        self.attached = True
+        self.active = self._idle()
+        self._owner: int | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        # deepcopy and pickle take the bank along and leave the mixture in force behind.
+        return Routing, (self.bank, self.stacks, self.saved_modules)
+
+    def current(self, name: str, x: Tensor) -> Route:
+        """The route of one module, on the device of its input."""
+        active = self.active
+        route = active.route if active.router is None else active.router(name, x)
+        # A graph compiled while idle must not depend on the version, hence the second condition.
+        if route.version != self.bank.version and active.source is not None:
+            raise RuntimeError(
+                f"mix: the mixture must be resolved against the bank as it is at {name!r}, got one "
+                "from before remove() or compact(); enter handle.mix again"
+            )
+        return route if route.adapter_ids.device == x.device else route.to(x.device)
+
+    @contextlib.contextmanager
+    def using(self, active: Active) -> Iterator[None]:
+        """Put a mixture in force; a nested one overrides it and is undone on leaving."""
+        me = threading.get_ident()
+        with self._lock:
+            if self.active.source is not None and self._owner != me:
+                raise RuntimeError(
+                    "mix: a model must have one mixture at a time, got a second one from another "
+                    "thread; use one thread, or one deepcopy of the model per thread"
+                )
+            before, self.active, self._owner = self.active, active, me
+        try:
+            yield
+        finally:
+            with self._lock:
+                in_order = self.active is active
+                if in_order:
+                    self.active = self._idle() if before.source is None else before
+            if not in_order:
+                raise RuntimeError(
+                    "mix: mixtures must be left in reverse order of entering, got another order "
+                    "(two tasks of one thread that share a model?)"
+                )
+
+    def check(self, op: str) -> None:
+        """Check that the layers still fit the bank, which may have changed since ``attach``."""
+        if not self.attached:
+            raise RuntimeError(f"{op}: the model must be attached, got a handle that was detached")
+        for name, stack in self.bank.stacks.items():
+            if self.stacks.get(name) is not stack:
+                raise RuntimeError(
+                    f"{op}: the bank must hold the modules it had when it was attached, got "
+                    f"{name!r} added since; detach and attach again"
+                )
+        self.position = {name: i for i, name in enumerate(self.bank.modules)}
+
+    def _idle(self) -> Active:
+        device, version = self.bank.device, self.bank.version
+        ids = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+        weights = torch.zeros(1, 1, device=device)
+        return Active(None, Route(ids, weights, None, "sample", version))
+
+
+class Site:
+    """One attached layer's place: its name, the routing, and which mixtures it has run under."""
+
+    def __init__(self, name: str, routing: Routing):
+        self.name, self.routing = name, routing
+        self._seen: list = []
+        self._recomputed = False
+
+    def __reduce__(self):
+        return Site, (self.name, self.routing)
+
+    def watch(self) -> None:
+        """Refuse a forward recomputed in a backward pass under other mixtures than the original.
+
+        Checkpointing runs a forward again from within the backward pass and reads whatever mixture
+        is in force by then; were it another one, the gradients would be wrong without a word.
+        """
+        source = self.routing.active.source
+        if torch._C._current_graph_task_id() != -1:
+            others = any(seen is not source for seen in self._seen)
+            self._recomputed = True
+            if others:
+                self._seen.clear()
+                raise RuntimeError(
+                    f"mix: the mixture must stay open until backward() has recomputed {self.name!r}"
+                    " (gradient checkpointing), got another or none; call backward() inside "
+                    "handle.mix, before the next checkpointed forward with another mixture"
+                )
+        elif _may_be_recomputed():
+            if self._recomputed:
+                self._seen.clear()
+                self._recomputed = False
+            # Two that differ are refused whatever comes next, so there is no need for a third.
+            if len(self._seen) < 2 and all(seen is not source for seen in self._seen):
+                self._seen.append(source)
+
+
+def _may_be_recomputed() -> bool:
+    # Non-reentrant checkpointing runs the forward under saved-tensor hooks. Reentrant: inside an
+    # autograd.Function's forward, where both gradient modes are off, unlike under no_grad.
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def check_rows(name: str, route: Route, rows: torch.Size) -> None:
+    """Check that a route speaks of as many rows as a layer's input has (``rows``: its shape but
+    for the features); a single one fits any input."""
+    groups = route.groups
+    if groups == 1:
+        return
+    if route.per == "sample":
+        count, what = (rows[0] if len(rows) else 1), "samples (x.shape[0], per='sample')"
+    else:
+        count, what = rows.numel(), "tokens (rows of x, per='token')"
+    if groups != count:
+        rule = f"have one row or as many as {name!r} gets {what}, {count}"
+        raise invalid("mix", "mixture", rule, groups)

@@ -73,19 +73,21 @@ def mixture_lora(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    name = choose(contract.OP, impl, x.device, x.dtype)
+    # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
+    name = choose(contract.OP, impl, x.device, torch.promote_types(x.dtype, lora_a.dtype))
     count = contract.check_stack(x, lora_a, lora_b, row_start, ranks, scale, name)
     x_ni = x.reshape(-1, x.shape[-1])
     adapter_ids = contract.check_route(x_ni, adapter_ids, weights, row_mixture, count)
     out_shape = (*x.shape[:-1], lora_b.shape[-1])
     if base is not None:
-        base = contract.check_base(base, x, out_shape).reshape(x_ni.shape[0], -1)
-    # Read as float32; the reference keeps float64 so that it can serve as the truth.
-    weights = weights if weights.dtype == torch.float64 else weights.float()
-    scale = scale if scale is None or scale.dtype == torch.float64 else scale.float()
+        base = contract.check_base(base, x, out_shape).reshape(-1, out_shape[-1])
+    # Read as float32; as float64 where x is, so that the reference can serve as the truth.
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights, scale = weights.to(compute), scale if scale is None else scale.to(compute)
     args = (x_ni, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
     if name == "native":
         y = registration.forward(*args)
     else:
-        y = reference.forward(*args, max_rank=contract.rank_bound(row_start, max_rank))
+        with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
+            y = reference.forward(*args, max_rank=contract.rank_bound(row_start, max_rank))
     return y.reshape(out_shape)

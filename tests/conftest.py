@@ -1,0 +1,47 @@
+"""What every test gets: poisoned memory, one thread, real data, and an honest last line."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+
+import torch
+
+from lora_fused import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty yields NaN, so a result that nobody wrote shows at once."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests that want more threads say so; the next test starts at one again."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real adapters, models and tasks; tests that need it skip where it is absent."""
+    path = Path(os.environ.get("LORA_FUSED_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no real data: {path} is not a folder (set LORA_FUSED_DATA)")
+    return path
+
+
+def pytest_terminal_summary(terminalreporter):
+    missing = [f"{name}: {why}" for name, why in backends.ERRORS.items() if why is not None]
+    if not torch.cuda.is_available():
+        missing.append("no GPU")
+    terminalreporter.write_line("not covered: " + ("; ".join(missing) or "nothing"))

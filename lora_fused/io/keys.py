@@ -96,5 +96,99 @@ def _refuse_duplicates(parts: dict[str, Part], file: str) -> None:
         seen[part] = key
 
 
+# Names with an underscore inside, in the models whose adapters come as single files. kohya writes
+# module paths with "_" for ".", so a path can be recovered only where every word is known.
+_COMPOUND_WORDS = (
+    "down_blocks up_blocks mid_block input_blocks output_blocks middle_block transformer_blocks "
+    "single_transformer_blocks to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj "
+    "ff_context proj_in proj_out conv_in conv_out conv_shortcut time_emb_proj time_embedding "
+    "add_embedding linear_1 linear_2 text_model self_attn q_proj k_proj v_proj out_proj o_proj "
+    "gate_proj up_proj down_proj text_projection token_embedding position_embedding"
+)
+_WORDS = (
+    "attentions attn attn1 attn2 ff net proj resnets downsamplers upsamplers conv conv1 conv2 op "
+    "encoder layers mlp fc1 fc2 model"
+)
+_KNOWN = frozenset(f"{_COMPOUND_WORDS} {_WORDS}".split(" "))
+_COMPONENTS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+_KOHYA = re.compile(r"lora_([a-z0-9]+)_(.+?)(?:[._]lora_(down|up)\.weight|\.(alpha))")
+_DIFFUSERS = re.compile(
+    r"(?:(unet|transformer|text_encoder(?:_[23])?)\.)?(.+?)(?:\.processor)?"
+    r"(?:\.(to_[qkv]|to_out)_lora\.|\.lora(?:_linear_layer)?\.|\.(?=lora_[AB]\.|alpha))"
+    r"(down\.weight|up\.weight|lora_A\.weight|lora_B\.weight|alpha)"
+)
+_SIDES = {"down": "a", "up": "b", "lora_A": "a", "lora_B": "b", "alpha": "alpha"}
+_TEXT_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def parse_single(keys: list[str], file: str) -> tuple[str, dict[str, Part]]:
+    """Read the names in a file that stands alone: which layout it has, and what each tensor is.
+
+    A file of one component (a UNet, say) gives paths in that component; a file of several gives
+    paths that begin with the component (``unet.``, ``text_encoder.``), as diffusers names them.
+
+    Raises:
+        ValueError: naming the file and the first tensor that does not fit the layout.
+    """
+    if any(key.startswith(PREFIX) for key in keys):
+        rule = "be in a folder with its adapter_config.json (alpha is only there)"
+        raise name_fault(keys[0], file, rule, "a PEFT tensor alone")
+    kohya = any(_KOHYA.fullmatch(key) for key in keys)
+    found = {key: (_parse_kohya if kohya else _parse_diffusers)(key, file) for key in keys}
+    several = len({component for component, _ in found.values()}) > 1
+    parts = {
+        key: part._replace(module=f"{component}.{part.module}") if several and component else part
+        for key, (component, part) in found.items()
+    }
+    _refuse_duplicates(parts, file)
+    return ("kohya" if kohya else "diffusers"), parts
+
+
+def _parse_kohya(key: str, file: str) -> tuple[str, Part]:
+    match = _KOHYA.fullmatch(key)
+    if match is None or match[1] not in _COMPONENTS:
+        raise name_fault(key, file, "be a LoRA factor or alpha in kohya's layout", _what(key))
+    component = _COMPONENTS[match[1]]
+    # Some converters put the component into the name a second time.
+    words = match[2].removeprefix(f"{component}_").split("_")
+    path: list[str] = []
+    while words:
+        sizes = range(min(3, len(words)), 0, -1)
+        size = next((n for n in sizes if "_".join(words[:n]) in _KNOWN), 0)
+        if not size and words[0].isdigit():
+            size = 1
+        if not size:
+            rule = "consist of known words (its dots are lost, so the module path is a guess)"
+            raise name_fault(key, file, rule, f"{words[0]!r}")
+        path.append("_".join(words[:size]))
+        words = words[size:]
+    return component, Part(_SIDES[match[3] or match[4]], ".".join(path))
+
+
+def _parse_diffusers(key: str, file: str) -> tuple[str, Part]:
+    match = _DIFFUSERS.fullmatch(key)
+    if match is None:
+        raise name_fault(key, file, "be a LoRA factor in a known layout", _what(key))
+    component, module, attention, tail = match.groups()
+    if attention and "self_attn" in module:
+        attention = _TEXT_ENCODER[attention]
+    elif attention == "to_out":
+        attention = "to_out.0"
+    module = f"{module}.{attention}" if attention else module
+    return component or "", Part(_SIDES[tail.split(".")[0]], module)
+
+
+def _what(key: str) -> str:
+    words = ("lora_mid", "hada_", "lokr_", "dora_scale", "diff", "oft_", "glora")
+    return next((f"{word}* (another method)" for word in words if f".{word}" in key), "that name")
+
+
 def name_fault(key: str, file: str, rule: str, got: object) -> ValueError:
     return invalid("read_adapter", f"tensor {key!r} in {file}", rule, got)

@@ -1,94 +1,208 @@
-"""Adapters on disk: PEFT folders read and written; single kohya and diffusers files read."""
+"""One adapter on disk: PEFT folders read and written, kohya and diffusers files read."""
 
-import glob
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import pickle
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, LoraFactors
 from lora_fused.checks import invalid, shape
-from lora_fused.io.config import check_config, covers, rank_and_scale, saves
-from lora_fused.io.keys import PREFIX, Part, name_fault, parse_peft
+from lora_fused.io.config import check_config, config_for, covers, rank_and_scale, saves
+from lora_fused.io.keys import PREFIX, Part, name_fault, parse_peft, parse_single
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+_CHECKSUM = "lora_fused.checksum"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def read_adapter(
     path: str | os.PathLike, *, name: str | None = None, allow_pickle: bool = False
 ) -> Adapter:
-    """Read one adapter.
+    """Read one adapter; everything that its config and its tensors tell is checked.
 
     Args:
-        path: A PEFT folder (adapter_config.json and adapter_model.safetensors or .bin).
-        name: What to call it. Default: the folder's name.
-        allow_pickle: Also read a ``.bin`` file, by torch.load with weights_only=True.
+        path: A PEFT folder (adapter_config.json and adapter_model.safetensors or .bin), or one
+            file in kohya's or diffusers' layout, which is converted.
+        name: What to call it. Default: the name of the folder, or of the file without its suffix.
+        allow_pickle: Also read a ``.bin`` file, through torch.load with weights_only=True.
 
     Returns:
-        The adapter. Its factors are views of the mapped file until a bank copies them; saved
-        modules are copied. ``metadata`` holds "path", "config" (the original), "keys" (tensor
-        names by module), "dtypes" and "saved_keys": what write_adapter needs.
+        The adapter. Its factors are views of the mapped file until a bank copies them (do not
+        overwrite the file in place meanwhile); saved modules are copied. ``metadata``: "path",
+        "layout" ("peft", "kohya" or "diffusers"), "config" (as in the file; for a single file one
+        that says the same), "keys" and "saved_keys" (tensor names), "dtypes", "header".
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: naming the file and the config key or tensor that cannot be honoured exactly.
+        ValueError: naming the file and the config key or tensor that is damaged, or that cannot
+            be honoured exactly.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"read_adapter: no such file or folder: {path}")
-    name = name or path.resolve().name
-    return _read_folder(path, name, allow_pickle)
+    if path.is_file() and path.name in (WEIGHTS, PICKLE) and (path.parent / CONFIG).exists():
+        path = path.parent
+    if path.is_file():
+        return _read_single(path, name or path.stem, allow_pickle)
+    return _read_folder(path, name or path.resolve().name, allow_pickle)
 
 
-def load_adapters(
-    paths: str | os.PathLike | Iterable[str | os.PathLike],
-    *,
-    names: Sequence[str] | None = None,
-    bank: AdapterBank | None = None,
-    dtype: torch.dtype | None = None,
-    allow_pickle: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> AdapterBank:
-    """Read adapters into one bank, all or none."""
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found = [
-        Path(match)
-        for path in paths
-        for match in (sorted(glob.glob(str(path))) if "*" in str(path) else [path])
-    ]
-    adapters = []
-    for done, path in enumerate(found, 1):
-        given = None if names is None else names[done - 1]
-        adapters.append(read_adapter(path, name=given, allow_pickle=allow_pickle))
-        if on_progress is not None:
-            on_progress(done, len(found))
-    bank = AdapterBank(dtype=dtype) if bank is None else bank
-    bank.add_many(adapters)
-    return bank
+def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bool = False) -> None:
+    """Write one adapter as a PEFT folder, whole or not at all.
+
+    What read_adapter found is written back: the config with every key, tensor names, dtypes, saved
+    modules. The config is changed only where the adapter has changed (ranks, scales, modules). A
+    tensor goes back to its dtype in the file if that loses no digit, else it keeps the one it has.
+
+    Args:
+        adapter: From read_adapter, ``bank.adapter(name)``, or made here.
+        path: The folder. It appears complete or not at all.
+        overwrite_ok: Replace the adapter in an existing adapter folder; other files there stay.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: nothing to write, or a scale that no config can express.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite_ok:
+        raise FileExistsError(f"write_adapter: {path} exists (overwrite_ok=True replaces it)")
+    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise FileExistsError(f"write_adapter: {path} exists and is not an adapter folder")
+    config = config_for(adapter)
+    tensors = _tensors_to_write(adapter)
+    header = {**(adapter.metadata.get("header") or {"format": "pt"})}
+    header[_CHECKSUM] = _checksum(tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
+    try:
+        if path.exists():
+            shutil.copytree(path, fresh, ignore=shutil.ignore_patterns(WEIGHTS, PICKLE, CONFIG))
+        else:
+            fresh.mkdir()
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (fresh / CONFIG).write_text(text, encoding="utf-8")
+        save_file(tensors, fresh / WEIGHTS, metadata=header)
+        _swap(fresh, path, old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, path: Path, old: Path) -> None:
+    if not path.exists():
+        fresh.rename(path)
+        return
+    path.rename(old)
+    try:
+        fresh.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def _tensors_to_write(adapter: Adapter) -> dict[str, Tensor]:
+    metadata, tensors = adapter.metadata, {}
+    for module, part in adapter.modules.items():
+        kind, end = ("lora_embedding_", "") if part.embedding else ("lora_", ".weight")
+        made = [f"{PREFIX}{module}.{kind}{side}{end}" for side in "AB"]
+        key_a, key_b = metadata.get("keys", {}).get(module, made)
+        tensors[key_a], tensors[key_b] = part.lora_a, part.lora_b.mT
+    for saved, tensor in adapter.saved.items():
+        module, _, leaf = saved.rpartition(".")
+        made = f"{module}.base_layer.{leaf}" if module in adapter.modules else saved
+        tensors[metadata.get("saved_keys", {}).get(saved, PREFIX + made)] = tensor
+    dtypes = metadata.get("dtypes", {})
+    return {key: _in_dtype(t.detach().cpu(), dtypes.get(key)) for key, t in tensors.items()}
+
+
+def _in_dtype(tensor: Tensor, name: str | None) -> Tensor:
+    # clone: two names may share memory, which a safetensors file cannot.
+    if name is not None:
+        converted = tensor.to(getattr(torch, name))
+        if torch.equal(converted.to(tensor.dtype), tensor):
+            return converted.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _read_folder(folder: Path, name: str, allow_pickle: bool) -> Adapter:
-    config = _read_config(folder / CONFIG)
+    config, where = _read_config(folder), str(folder / CONFIG)
     file = folder / WEIGHTS
     if not file.exists() and (folder / PICKLE).exists():
         file = folder / PICKLE
     tensors, header = _read_tensors(file, allow_pickle)
     parts = parse_peft(list(tensors), str(file))
-    metadata = {"path": str(folder), "config": config, "header": header}
-    return _assemble(name, tensors, parts, config, str(file), metadata)
+    metadata = {"path": str(folder), "layout": "peft", "config": config, "header": header}
+
+    def scale_of(module: str, key: str, rank: int) -> float:
+        if not covers(config, module):
+            raise name_fault(key, file, f"be of a module that {where} selects", module)
+        expected, scale = rank_and_scale(config, module)
+        if rank != expected:
+            raise name_fault(key, file, f"have rank {expected} as {where} says", f"rank {rank}")
+        return scale
+
+    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata)
+    declared = config.get("modules_to_save")
+    if declared and not any(saves(config, saved) for saved in adapter.saved):
+        raise invalid("read_adapter", str(file), f"hold the modules to save {declared}", "none")
+    for saved, key in metadata["saved_keys"].items():
+        if not saves(config, saved) and saved.rpartition(".")[2] not in ("weight", "bias"):
+            raise name_fault(key, file, f"be a LoRA factor or saved by {where}", "neither")
+    return adapter
 
 
-def _read_config(file: Path) -> dict:
+def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
+    if file.suffix not in (".safetensors", ".bin"):
+        raise invalid("read_adapter", "path", "be a folder, .safetensors or .bin", str(file))
+    tensors, header = _read_tensors(file, allow_pickle)
+    if "lora_adapter_metadata" in header:
+        rule = "hold no lora_adapter_metadata (alpha in the header; save as a PEFT folder)"
+        raise invalid("read_adapter", str(file), rule, "some")
+    layout, parts = parse_single(list(tensors), str(file))
+    alphas = {part.module: key for key, part in parts.items() if part.side == "alpha"}
+
+    def scale_of(module: str, key: str, rank: int) -> float:
+        # Both formats define the scale of a file without any alpha as 1.
+        if not alphas:
+            return 1.0
+        if module not in alphas:
+            raise name_fault(key, file, "have an alpha as other modules have", "none")
+        alpha = tensors[alphas.pop(module)]
+        if alpha.numel() != 1 or not 0 < abs(float(alpha)) < float("inf"):
+            raise name_fault(f"{module}.alpha", file, "be a finite number other than 0", alpha)
+        return float(alpha) / rank
+
+    has_alpha = bool(alphas)
+    metadata = {"path": str(file), "layout": layout, "header": {"format": "pt"}}
+    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata)
+    if has_alpha and alphas:
+        raise name_fault(next(iter(alphas.values())), file, "belong to LoRA factors", "none")
+    # The file's own names mean nothing in the PEFT folder that would be written.
+    for table in ("keys", "saved_keys", "dtypes"):
+        metadata[table] = {}
+    metadata["config"] = config_for(adapter)
+    return adapter
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / CONFIG
     if not file.exists():
-        raise FileNotFoundError(f"read_adapter: {file.parent} holds no {CONFIG}")
+        below = next(folder.glob(f"**/{CONFIG}"), None)
+        hint = f"; there is one in {below.parent}" if below else ""
+        raise FileNotFoundError(f"read_adapter: {folder} holds no {CONFIG}{hint}")
+    _refuse_pointer(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -99,40 +213,115 @@ def _read_config(file: Path) -> dict:
 
 def _read_tensors(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict]:
     if not file.exists():
-        raise FileNotFoundError(f"read_adapter: {file.parent} holds no {WEIGHTS}")
-    with file.open("rb") as stream:
-        if stream.read(23) == b"version https://git-lfs":
-            raise invalid("read_adapter", str(file), "hold tensors", "a Git LFS pointer to them")
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()
-        except SafetensorError as error:
-            raise invalid(
-                "read_adapter", str(file), "be a whole safetensors file", error
-            ) from error
+        raise FileNotFoundError(f"read_adapter: {file.parent} holds no {WEIGHTS} or {PICKLE}")
+    _refuse_pointer(file)
+    if file.suffix == ".bin":
+        return _read_pickle(file, allow_pickle), {}
+    try:
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise invalid("read_adapter", str(file), "be a whole safetensors file", error) from error
+    if header.get(_CHECKSUM, "") not in ("", _checksum(tensors)):
+        raise invalid("read_adapter", str(file), "match its checksum", "other bytes than written")
+    return tensors, header
+
+
+def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if not allow_pickle:
         rule = "be safetensors, or allow_pickle=True be given (torch.load with weights_only=True)"
         raise invalid("read_adapter", str(file), rule, "a pickle")
-    return torch.load(file, weights_only=True, map_location="cpu"), {}
+    try:
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise invalid("read_adapter", str(file), "be a pickle of tensors alone", reason) from error
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+        raise invalid("read_adapter", str(file), "hold a dict of tensors", "something else")
+    return tensors
 
 
-def _assemble(name, tensors, parts, config, file: str, metadata: dict) -> Adapter:
-    by_module: dict[str, dict[str, str]] = {}
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as stream:
+        if stream.read(23) == b"version https://git-lfs":
+            raise invalid("read_adapter", str(file), "be the file itself", "a Git LFS pointer")
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    # Sums of machine words at memory speed: any flipped bit changes the total.
+    total = 0
+    for key in sorted(tensors):
+        flat = tensors[key].reshape(-1)
+        whole = flat.nbytes % 8 == 0 and flat.dim() == 1 and flat.nbytes
+        words = flat.view(torch.int64) if whole else flat.view(torch.uint8).long()
+        total = (total * 1000003 + int(words.sum())) % 2**64
+    return f"{total:016x}"
+
+
+def _assemble(
+    name: str,
+    tensors: dict[str, Tensor],
+    parts: dict[str, Part],
+    scale_of: Callable[[str, str, int], float],
+    file: str,
+    metadata: dict,
+) -> Adapter:
+    pairs: dict[str, dict[str, str]] = {}
     saved_keys = {}
     for key, part in parts.items():
         if part.side == "saved":
             saved_keys[part.module] = key
-        else:
-            by_module.setdefault(part.module, {})[part.side] = key
+        elif part.side != "alpha":
+            pairs.setdefault(part.module, {})[part.side] = key
+    if not pairs:
+        raise invalid("read_adapter", file, "hold LoRA factors", f"{len(tensors)} other tensors")
     modules = {}
-    for module, keys in by_module.items():
-        embedding = parts[next(iter(keys.values()))].embedding
-        rank, scale = rank_and_scale(config, module)
-        lora_a, lora_b = tensors[keys["a"]], tensors[keys["b"]]
-        modules[module] = LoraFactors(lora_a, lora_b.mT, scale, embedding)
-    metadata["keys"] = {module: [keys["a"], keys["b"]] for module, keys in by_module.items()}
+    for module, keys in pairs.items():
+        lora_a, lora_b = _factors(tensors, keys, module, file)
+        scale = scale_of(module, keys["a"], lora_a.shape[0])
+        _check_size(lora_a, lora_b, scale, keys, file)
+        modules[module] = LoraFactors(lora_a, lora_b, scale, parts[keys["a"]].embedding)
+    for key in saved_keys.values():
+        if tensors[key].is_floating_point():
+            _largest(tensors[key], key, file)
+    metadata["keys"] = {module: [keys["a"], keys["b"]] for module, keys in pairs.items()}
     metadata["saved_keys"] = saved_keys
     metadata["dtypes"] = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
     saved = {path: tensors[key].clone() for path, key in saved_keys.items()}
     return Adapter(name, modules, saved, metadata)
+
+
+def _factors(tensors, keys: dict[str, str], module: str, file: str) -> tuple[Tensor, Tensor]:
+    for side, other in (("a", "b"), ("b", "a")):
+        if side not in keys:
+            rule = f"come with lora_{side.upper()} of the same module"
+            raise name_fault(keys[other], file, rule, "none")
+        tensor = tensors[keys[side]]
+        if tensor.dtype not in _FLOATS:
+            raise name_fault(keys[side], file, "be floating-point", tensor.dtype)
+        if tensor.dim() != 2:
+            rule = "have two dimensions (convolutions are not supported)"
+            raise name_fault(keys[side], file, rule, shape(tensor))
+        if tensor.numel() == 0:
+            raise name_fault(keys[side], file, "have a rank and sizes of at least 1", shape(tensor))
+    lora_a, lora_b = tensors[keys["a"]], tensors[keys["b"]].mT
+    if lora_a.shape[0] != lora_b.shape[0]:
+        rule = f"be [O, {lora_a.shape[0]}] to fit lora_A of {module}"
+        raise name_fault(keys["b"], file, rule, shape(lora_b.mT))
+    return lora_a, lora_b
+
+
+def _check_size(lora_a, lora_b, scale: float, keys: dict[str, str], file: str) -> None:
+    largest = [_largest(t, keys[side], file) for side, t in (("a", lora_a), ("b", lora_b))]
+    if lora_a.shape[0] * abs(scale) * largest[0] * largest[1] > _FLOAT32_MAX:
+        rule = "give an update within float32 with its lora_A and scale"
+        raise name_fault(keys["b"], file, rule, f"values up to {largest[1]:.3g}")
+
+
+def _largest(tensor: Tensor, key: str, file: str) -> float:
+    # One pass without a temporary: a NaN or an infinity makes the largest magnitude non-finite.
+    largest = float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
+    if not largest < float("inf"):
+        raise name_fault(key, file, "hold finite values", "NaN or infinity")
+    return largest

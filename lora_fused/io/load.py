@@ -1,0 +1,156 @@
+"""Many adapters at once: finding them, and loading them into one bank, all or none."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from lora_fused.adapters import Adapter, AdapterBank
+from lora_fused.checks import invalid
+from lora_fused.io.peft import CONFIG, PICKLE, WEIGHTS, read_adapter
+
+Paths = str | os.PathLike | Iterable[str | os.PathLike]
+
+
+def load_adapters(
+    paths: Paths,
+    *,
+    names: Sequence[str] | None = None,
+    bank: AdapterBank | None = None,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AdapterBank:
+    """Read adapters into one bank, all or none.
+
+    Args:
+        paths: One or several of: an adapter's folder or file; a glob, which stands for the adapters
+            among its matches, sorted; ``@list.txt``, a file with one of these per line (relative to
+            the list; empty lines and lines that begin with # are skipped).
+        names: One name per adapter. Default: its folder's name (a file's: without the suffix).
+        bank: Add to this bank. Default: a new one. After an error it is as it was.
+        dtype: Storage dtype of a new bank. Default: the files' own if all agree, else float32.
+        allow_pickle: See ``read_adapter``.
+        on_progress: Called as on_progress(done, total) after each file.
+
+    Returns:
+        The bank.
+
+    Raises:
+        FileNotFoundError: a path, or every match of a glob, is missing.
+        ValueError: see ``read_adapter``; names that clash; sizes that do not fit each other; values
+            that the bank's dtype cannot hold.
+
+    Example:
+        >>> bank = load_adapters("adapters/*", dtype=torch.bfloat16)
+    """
+    found = _expand(paths)
+    if bank is not None and dtype not in (None, bank.dtype):
+        raise invalid("load_adapters", "dtype", f"be that of the bank ({bank.dtype})", dtype)
+    names = _names(found, names, bank)
+    adapters = []
+    for done, (path, name) in enumerate(zip(found, names, strict=True), 1):
+        adapters.append(read_adapter(path, name=name, allow_pickle=allow_pickle))
+        if on_progress is not None:
+            on_progress(done, len(found))
+    bank = AdapterBank(dtype=dtype) if bank is None else bank
+    _check_sizes(adapters, bank)
+    try:
+        bank.add_many(adapters)
+    except ValueError:
+        _explain_overflow(adapters, bank.dtype)
+        raise
+    return bank
+
+
+def find_adapters(path: str | os.PathLike) -> list[Path]:
+    """All adapter folders and single adapter files below a folder (or the path itself), sorted.
+
+    A folder counts if it holds adapter_config.json or an adapter_model file, whether or not it can
+    be loaded; other .safetensors files count if "lora" is in their name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"find_adapters: no such file or folder: {path}")
+    if path.is_file() or _is_adapter(path):
+        return [path]
+    below = sorted(p for p in path.rglob("*") if not p.name.startswith("."))
+    folders = [p for p in below if p.is_dir() and _is_adapter(p)]
+    files = [p for p in below if p.is_file() and p.parent not in folders and _is_adapter(p)]
+    return sorted(folders + files)
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / file).is_file() for file in (CONFIG, WEIGHTS, PICKLE))
+    return path.suffix in (".safetensors", ".bin")
+
+
+def _expand(paths: Paths) -> list[Path]:
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    found: list[Path] = []
+    for path in map(os.fspath, paths):
+        if path.startswith("@"):
+            found += _read_list(Path(path[1:]))
+        elif glob.has_magic(path) and not os.path.exists(path):
+            matches = [m for m in map(Path, sorted(glob.glob(path))) if _is_adapter(m)]
+            if not matches:
+                raise FileNotFoundError(f"load_adapters: no adapter matches {path}")
+            found += matches
+        else:
+            found.append(Path(path))
+    if not found:
+        raise invalid("load_adapters", "paths", "name at least one adapter", "none")
+    return found
+
+
+def _read_list(file: Path) -> list[Path]:
+    if not file.is_file():
+        raise FileNotFoundError(f"load_adapters: no such list of adapters: {file}")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return _expand([os.path.join(file.parent, s) for s in lines if s and not s.startswith("#")])
+
+
+def _names(found: list[Path], names: Sequence[str] | None, bank: AdapterBank | None) -> list[str]:
+    if names is None:
+        names = [p.stem if p.is_file() else p.resolve().name for p in found]
+    elif isinstance(names, str) or len(names) != len(found):
+        rule = f"be a list of {len(found)}, one per adapter"
+        raise invalid("load_adapters", "names", rule, repr(names))
+    counts = Counter(names)
+    clashes = [
+        f"{name!r} ({path})"
+        for name, path in zip(names, found, strict=True)
+        if counts[name] > 1 or (bank is not None and name in bank)
+    ]
+    if clashes:
+        rule = "be distinct and not in the bank (give names=)"
+        raise invalid("load_adapters", "names", rule, ", ".join(clashes))
+    return list(names)
+
+
+def _check_sizes(adapters: Sequence[Adapter], bank: AdapterBank) -> None:
+    known = {
+        module: ((stack.in_features, stack.out_features, stack.embedding), "the bank")
+        for module, stack in bank.stacks.items()
+    }
+    for adapter in adapters:
+        for module, part in adapter.modules.items():
+            sizes = (part.lora_a.shape[1], part.lora_b.shape[1], part.embedding)
+            other, owner = known.setdefault(module, (sizes, adapter.metadata["path"]))
+            if sizes != other:
+                where = f"(I, O, embedding) of {module!r} in {adapter.metadata['path']}"
+                raise invalid("load_adapters", where, f"be {other} as in {owner}", sizes)
+
+
+def _explain_overflow(adapters: Sequence[Adapter], dtype: torch.dtype | None) -> None:
+    for adapter in adapters:
+        for module, part in adapter.modules.items():
+            for side, tensor in (("lora_A", part.lora_a), ("lora_B", part.lora_b)):
+                if dtype is not None and not tensor.to(dtype).isfinite().all():
+                    where = f"{side} of {module!r} in {adapter.metadata['path']}"
+                    got = f"values up to {float(tensor.abs().max()):.3g}"
+                    raise invalid("load_adapters", where, f"fit into {dtype}", got)

@@ -1,0 +1,1 @@
+"""Competitors, each as fast as we could make it."""

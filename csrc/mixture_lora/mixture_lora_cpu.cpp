@@ -144,7 +144,7 @@ Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
   }
   const Rows x_rows = as_float(kernels, x, "x", widened);
   for (int64_t n = 0; n < rows; n += kPlanRows) {
-    make_plan(call.stack, call.route, n, std::min(n + kPlanRows, rows), plan);
+    make_plan(call.stack, call.route, n, std::min(n + kPlanRows, rows), false, plan);
     float* coef = room_for(h, plan.h_size);
     shrink_rows(kernels, call.stack, call.stack.a, plan, x_rows, true, coef);
     expand_rows(kernels, call.stack, call.stack.b, plan, coef, output);
@@ -152,37 +152,36 @@ Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
   return y;
 }
 
-// What the gradients of weights and scale share: <h, q> of each pair, h = A x, q = B g.
+// d weights[m, j] = scale[k] * sum over rows of <h, q>, d scale[k] = sum of weights * <h, q>, with
+// h = A x and q = B grad of the pair (row, k).
 void weight_gradients(const Call& call, const Plan& plan, const float* h, const float* q,
                       float* weights, float* scale) {
   const Route& route = call.route;
-  std::vector<float> pair_dot(route.rows * route.per_row, 0.0f);
-  for (const Segment& s : plan.segments) {
-    double sum = 0.0;
-    const float own = route.scale ? route.scale[s.adapter] : 1.0f;
-    for (int64_t p = s.begin; p < s.end; ++p) {
-      double dot = 0.0;
-      const int64_t at = s.h + (p - s.begin) * s.rank, n = plan.index[p] / route.per_row;
-      for (int64_t r = 0; r < s.rank; ++r) dot += double(h[at + r]) * q[at + r];
-      const int64_t j = plan.index[p] % route.per_row;
-      sum += route.weights[route.mixture(n) * route.per_row + j] * dot;
-      pair_dot[plan.index[p]] = float(own * dot);
+  std::vector<double> dot(plan.row.size(), 0.0);
+  for (const Group& g : plan.groups)
+    for (int64_t s = g.first; s < g.last; ++s) {
+      const Segment& segment = plan.segments[s];
+      for (int64_t p = 0; p < g.rows; ++p)
+        for (int64_t r = 0; r < segment.rank; ++r) {
+          const int64_t at = g.h + p * g.depth + segment.at + r;
+          dot[segment.begin + p] += double(h[at]) * q[at];
+        }
     }
-    if (scale) scale[s.adapter] = float(sum);
-  }
-  if (!weights) return;
-  std::vector<double> total(route.mixtures * route.per_row, 0.0);
+  std::vector<double> by_weight(route.mixtures * route.per_row, 0.0), by_scale(call.stack.count, 0.0);
   for (int64_t n = 0; n < route.rows; ++n)
-    for (int64_t j = 0; j < route.per_row; ++j)
-      total[route.mixture(n) * route.per_row + j] += pair_dot[n * route.per_row + j];
-  for (size_t i = 0; i < total.size(); ++i) weights[i] = float(total[i]);
+    for (int64_t j = 0; j < route.per_row; ++j) {
+      const int64_t pair = plan.pair_of[n * route.per_row + j];
+      if (pair < 0) continue;
+      const int64_t at = route.mixture(n) * route.per_row + j, k = route.adapter_ids[at];
+      by_weight[at] += dot[pair] * (route.scale ? route.scale[k] : 1.0f);
+      by_scale[k] += dot[pair] * route.weights[at];
+    }
+  if (weights) std::copy(by_weight.begin(), by_weight.end(), weights);
+  if (scale) std::copy(by_scale.begin(), by_scale.end(), scale);
 }
 
-void scale_pairs(const Plan& plan, std::vector<float>& h) {
-  for (const Segment& s : plan.segments)
-    for (int64_t p = s.begin; p < s.end; ++p)
-      for (int64_t r = 0; r < s.rank; ++r)
-        h[s.h + (p - s.begin) * s.rank + r] *= plan.factor[p];
+void weigh_all(const Plan& plan, std::vector<float>& h) {
+  for (const Group& g : plan.groups) weigh(plan, g, 0, g.rows, 0, g.depth, h.data());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -199,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Rows x_rows = as_float(kernels, x, "x", x_copy);
   const Rows grad_rows = as_float(kernels, grad, "grad", grad_copy);
   Plan plan;
-  make_plan(stack, call.route, 0, x.size(0), plan);
+  make_plan(stack, call.route, 0, x.size(0), true, plan);
   h.resize(plan.h_size);
   q.resize(plan.h_size);
   if (need_b || need_weights || need_scale)
@@ -221,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     weight_gradients(call, plan, h.data(), q.data(),
                      need_weights ? static_cast<float*>(grad_w.mutable_data_ptr()) : nullptr,
                      need_scale ? static_cast<float*>(grad_s.mutable_data_ptr()) : nullptr);
-  scale_pairs(plan, q);
+  weigh_all(plan, q);
   if (need_x)
     expand_rows(kernels, stack, stack.a, plan, q.data(),
                 {nullptr, Dtype::f32, 0, static_cast<char*>(grad_x.mutable_data_ptr()),
@@ -230,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     outer_rows(kernels, stack, plan, q.data(), x_rows, stack.a.columns,
                static_cast<char*>(grad_a.mutable_data_ptr()), stack.a.dtype);
   if (need_b) {
-    scale_pairs(plan, h);
+    weigh_all(plan, h);
     outer_rows(kernels, stack, plan, h.data(), grad_rows, stack.b.columns,
                static_cast<char*>(grad_b.mutable_data_ptr()), stack.b.dtype);
   }

@@ -22,24 +22,31 @@ T* scratch(std::vector<T>& buffer, int64_t size) {
   return buffer.data();
 }
 
-// Pointers to rank rows [first, first + n) of adapter k from column o on; rows whose columns are
-// not adjacent are first widened into scratch, `width` columns of them.
+// Pointers to ranks [first, first + n) of a group from column o on; rows whose columns are not
+// adjacent are first widened into scratch, `width` columns of them.
 struct RankRows {
   std::vector<const void*> pointers;
   std::vector<float> widened;
   Dtype dtype;
 
   const void* const* load(const MixtureKernels& kernels, const Stack& stack, const Side& side,
-                          int64_t k, int64_t first, int64_t n, int64_t o, int64_t width) {
+                          const Plan& plan, const Group& group, int64_t first, int64_t n,
+                          int64_t o, int64_t width) {
     const void** p = scratch(pointers, n);
-    dtype = side.stride_col == 1 ? side.dtype : Dtype::f32;
+    const bool adjacent = side.stride_col == 1;
+    dtype = adjacent ? side.dtype : Dtype::f32;
     const int64_t offset = o * side.stride_col * dtype_size(side.dtype);
-    float* copy = side.stride_col == 1 ? nullptr : scratch(widened, n * width);
-    for (int64_t r = 0; r < n; ++r) {
-      p[r] = stack.at(side, k, first + r) + offset;
-      if (!copy) continue;
-      kernels.widen(p[r], side.dtype, side.stride_col, copy + r * width, width);
-      p[r] = copy + r * width;
+    float* copy = adjacent ? nullptr : scratch(widened, n * width);
+    for (int64_t s = group.first; s < group.last; ++s) {
+      const Segment& segment = plan.segments[s];
+      const int64_t end = std::min(segment.at + segment.rank, first + n);
+      for (int64_t r = std::max(segment.at, first); r < end; ++r) {
+        const void*& row = p[r - first];
+        row = stack.at(side, segment.adapter, r - segment.at) + offset;
+        if (adjacent) continue;
+        kernels.widen(row, side.dtype, side.stride_col, copy + (r - first) * width, width);
+        row = copy + (r - first) * width;
+      }
     }
     return p;
   }
@@ -60,10 +67,41 @@ void sort_by_adapter(const std::vector<uint64_t>& keys, int64_t count, std::vect
   for (const uint64_t key : keys) out[place[key >> 32]++] = key;
 }
 
+void check_segment(const Stack& stack, int64_t k, int64_t rank) {
+  const bool fits = stack.row_start
+                        ? rank >= 0 && stack.row_start[k] >= 0 && stack.row_start[k] + rank <= stack.rows
+                        : rank >= 0 && rank <= stack.max_rank;
+  STD_TORCH_CHECK(fits, "mixture_lora: row_start or ranks must lie within the stack, got rank ",
+                  rank, " for adapter ", k);
+}
+
+// Joins segments with the segment before them where the rows are the same.
+void group_segments(Plan& plan) {
+  plan.groups.clear();
+  for (int64_t s = 0; s < int64_t(plan.segments.size()); ++s) {
+    Segment& segment = plan.segments[s];
+    const int32_t* row = plan.row.data() + segment.begin;
+    if (s > 0 && plan.groups.back().rows == segment.rows &&
+        std::equal(row, row + segment.rows, plan.rows_of(plan.groups.back()))) {
+      Group& group = plan.groups.back();
+      segment.at = group.depth;
+      group.depth += segment.rank;
+      ++group.last;
+    } else {
+      plan.groups.push_back({s, s + 1, segment.rows, segment.rank, 0});
+    }
+  }
+  plan.h_size = 0;
+  for (Group& group : plan.groups) {
+    group.h = plan.h_size;
+    plan.h_size += group.rows * group.depth;
+  }
+}
+
 }  // namespace
 
 void make_plan(const Stack& stack, const Route& route, int64_t first_row, int64_t last_row,
-               Plan& plan) {
+               bool want_pair_of, Plan& plan) {
   static thread_local std::vector<uint64_t> keys, sorted;
   keys.clear();
   const int64_t per_row = route.per_row;
@@ -80,87 +118,95 @@ void make_plan(const Stack& stack, const Route& route, int64_t first_row, int64_
   }
   sort_by_adapter(keys, stack.count, sorted);
 
-  const int64_t pairs = int64_t(sorted.size());
   plan.first_row = first_row;
   plan.last_row = last_row;
-  plan.row.resize(pairs);
-  plan.index.resize(pairs);
-  plan.factor.resize(pairs);
+  plan.row.clear();
+  plan.factor.clear();
   plan.segments.clear();
-  plan.h_size = 0;
-  for (int64_t p = 0; p < pairs;) {
-    const int64_t k = int64_t(sorted[p] >> 32), rank = stack.rank(k);
-    const bool fits = rank >= 0 && (stack.row_start ? stack.row_start[k] >= 0 &&
-                                        stack.first_row(k) + rank <= stack.rows
-                                                    : rank <= stack.max_rank);
-    STD_TORCH_CHECK(fits, "mixture_lora: row_start or ranks must lie within the stack, got rank ",
-                    rank, " for adapter ", k);
-    const int64_t begin = p;
+  plan.pair_of.assign(want_pair_of ? (last_row - first_row) * per_row : 0, -1);
+  for (size_t i = 0; i < sorted.size();) {
+    const int64_t k = int64_t(sorted[i] >> 32), rank = stack.rank(k);
+    check_segment(stack, k, rank);
     const float scale = route.scale ? route.scale[k] : 1.0f;
-    for (; p < pairs && int64_t(sorted[p] >> 32) == k; ++p) {
-      const int64_t pair = int64_t(sorted[p] & 0xffffffffu), local = pair / per_row;
+    const int64_t begin = int64_t(plan.row.size());
+    for (; i < sorted.size() && int64_t(sorted[i] >> 32) == k; ++i) {
+      const int64_t at = int64_t(sorted[i] & 0xffffffffu), local = at / per_row;
       const int64_t m = route.mixture(first_row + local);
-      plan.row[p] = int32_t(local);
-      plan.index[p] = int32_t(first_row * per_row + pair);
-      plan.factor[p] = route.weights[m * per_row + pair % per_row] * scale;
+      const float factor = route.weights[m * per_row + at % per_row] * scale;
+      if (int64_t(plan.row.size()) > begin && plan.row.back() == local) {
+        plan.factor.back() += factor;
+      } else {
+        plan.row.push_back(int32_t(local));
+        plan.factor.push_back(factor);
+      }
+      if (want_pair_of) plan.pair_of[at] = int32_t(plan.row.size()) - 1;
     }
-    if (rank > 0) plan.segments.push_back({k, rank, begin, p, plan.h_size});
-    plan.h_size += (p - begin) * rank;
+    if (rank > 0)
+      plan.segments.push_back({k, rank, 0, begin, int64_t(plan.row.size()) - begin});
   }
+  group_segments(plan);
 }
 
 void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                  const Plan& plan, const Rows& rows, bool weighted, float* h) {
   struct Task {
-    const Segment* segment;
+    const Group* group;
     int64_t begin, end, rank, ranks;
   };
-  int64_t cost = 0;
-  for (const Segment& s : plan.segments) cost += (s.end - s.begin) * s.rank * side.columns;
+  const int64_t cost = plan.h_size * side.columns, threads = threads_for(cost);
   // Few rows: pieces small enough that every thread gets some.
-  const int64_t threads = threads_for(cost);
-  const int64_t limit = threads == 1 ? kRankChunk : std::max<int64_t>(8, std::min<int64_t>(
-      kRankChunk, cost / (4 * threads * side.columns) / 8 * 8));
+  const int64_t share = cost / (4 * threads * std::max<int64_t>(side.columns, 1)) / 8 * 8;
+  const int64_t limit = threads == 1 ? kRankChunk : std::clamp<int64_t>(share, 8, kRankChunk);
   std::vector<Task> tasks;
   std::vector<int64_t> costs;
-  for (const Segment& s : plan.segments)
-    for (int64_t p = s.begin; p < s.end; p += kRowChunk)
-      for (int64_t r = 0; r < s.rank; r += limit) {
-        tasks.push_back({&s, p, std::min(p + kRowChunk, s.end), r, std::min(limit, s.rank - r)});
+  for (const Group& g : plan.groups)
+    for (int64_t p = 0; p < g.rows; p += kRowChunk)
+      for (int64_t r = 0; r < g.depth; r += limit) {
+        tasks.push_back({&g, p, std::min(p + kRowChunk, g.rows), r, std::min(limit, g.depth - r)});
         costs.push_back((tasks.back().end - p) * tasks.back().ranks * side.columns);
       }
   parallel_tasks(costs, [&](int64_t t) {
     static thread_local RankRows source;
     const Task& task = tasks[t];
-    const Segment& s = *task.segment;
-    const void* const* a = source.load(kernels, stack, side, s.adapter, task.rank, task.ranks, 0,
+    const Group& g = *task.group;
+    const void* const* a = source.load(kernels, stack, side, plan, g, task.rank, task.ranks, 0,
                                        side.columns);
+    const int32_t* row = plan.rows_of(g);
     const float* x[kRowChunk];
     float* out[kRowChunk];
     const int count = int(task.end - task.begin);
     for (int i = 0; i < count; ++i) {
-      const int64_t p = task.begin + i;
-      x[i] = rows.at(plan.first_row + plan.row[p]);
-      out[i] = h + s.h + (p - s.begin) * s.rank + task.rank;
+      x[i] = rows.at(plan.first_row + row[task.begin + i]);
+      out[i] = h + g.h + (task.begin + i) * g.depth + task.rank;
     }
     kernels.shrink(x, count, a, source.dtype, int(task.ranks), side.columns, out);
-    if (!weighted) return;
-    for (int i = 0; i < count; ++i)
-      for (int64_t r = 0; r < task.ranks; ++r) out[i][r] *= plan.factor[task.begin + i];
+    if (weighted)
+      weigh(plan, g, task.begin, task.end, task.rank, task.rank + task.ranks, h);
   });
+}
+
+void weigh(const Plan& plan, const Group& group, int64_t begin, int64_t end, int64_t first_rank,
+           int64_t last_rank, float* h) {
+  for (int64_t s = group.first; s < group.last; ++s) {
+    const Segment& segment = plan.segments[s];
+    const int64_t from = std::max(segment.at, first_rank);
+    const int64_t to = std::min(segment.at + segment.rank, last_rank);
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t r = from; r < to; ++r)
+        h[group.h + p * group.depth + r] *= plan.factor[segment.begin + p];
+  }
 }
 
 void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                  const Plan& plan, const float* coef, const Output& output) {
   const int64_t count = plan.last_row - plan.first_row;
   if (count == 0 || side.columns == 0) return;
-  const int64_t cost = plan.h_size * side.columns;
-  const int64_t share = (side.columns + threads_for(cost) - 1) / threads_for(cost);
-  const int64_t width = round_up(
-      std::max<int64_t>(64, std::min(share, kRoom / count / 64 * 64)), 64);
+  const int64_t cost = plan.h_size * side.columns, threads = threads_for(cost);
+  const int64_t share = (side.columns + threads - 1) / threads;
+  const int64_t width =
+      round_up(std::max<int64_t>(64, std::min(share, kRoom / count / 64 * 64)), 64);
   const int64_t blocks = (side.columns + width - 1) / width;
-  const std::vector<int64_t> costs(blocks, cost / blocks + 1);
-  parallel_tasks(costs, [&](int64_t t) {
+  parallel_tasks(std::vector<int64_t>(blocks, cost / blocks + 1), [&](int64_t t) {
     static thread_local std::vector<float> room;
     static thread_local std::vector<float*> y;
     static thread_local std::vector<const float*> c;
@@ -169,20 +215,16 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
     float* acc = scratch(room, count * width);
     for (int64_t i = 0; i < count; ++i)
       std::memset(acc + i * width, 0, round_up(n, kPadColumns) * sizeof(float));
-    for (const Segment& s : plan.segments) {
-      const int64_t pairs = s.end - s.begin;
-      const void* const* b = source.load(kernels, stack, side, s.adapter, 0, s.rank, o, n);
-      float** ys = scratch(y, pairs);
-      const float** cs = scratch(c, pairs);
-      for (int64_t p = 0; p < pairs; ++p) {
-        ys[p] = acc + plan.row[s.begin + p] * width;
-        cs[p] = coef + s.h + p * s.rank;
+    for (const Group& g : plan.groups) {
+      const void* const* b = source.load(kernels, stack, side, plan, g, 0, g.depth, o, n);
+      const int32_t* row = plan.rows_of(g);
+      float** ys = scratch(y, g.rows);
+      const float** cs = scratch(c, g.rows);
+      for (int64_t p = 0; p < g.rows; ++p) {
+        ys[p] = acc + row[p] * width;
+        cs[p] = coef + g.h + p * g.depth;
       }
-      // A row that names an adapter twice must not sit twice in one tile, which would lose a sum.
-      for (int64_t p = 0, q; p < pairs; p = q) {
-        for (q = p + 1; q < pairs && ys[q] != ys[q - 1];) ++q;
-        kernels.expand(ys + p, int(q - p), cs + p, b, source.dtype, s.rank, n);
-      }
+      kernels.expand(ys, int(g.rows), cs, b, source.dtype, g.depth, n);
     }
     const int64_t base_size = dtype_size(output.base_dtype), size = dtype_size(output.dtype);
     for (int64_t i = 0; i < count; ++i) {
@@ -198,37 +240,43 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
 void outer_rows(const MixtureKernels& kernels, const Stack& stack, const Plan& plan,
                 const float* coef, const Rows& rows, int64_t columns, char* out, Dtype dtype) {
   constexpr int64_t width = 256;
-  const int64_t blocks = (columns + width - 1) / width;
-  std::vector<std::pair<const Segment*, int64_t>> tasks;
+  struct Task {
+    const Group* group;
+    const Segment* segment;
+    int64_t o;
+  };
+  std::vector<Task> tasks;
   std::vector<int64_t> costs;
-  for (const Segment& s : plan.segments)
-    for (int64_t block = 0; block < blocks; ++block) {
-      tasks.emplace_back(&s, block * width);
-      costs.push_back((s.end - s.begin) * s.rank * width);
-    }
+  for (const Group& g : plan.groups)
+    for (int64_t s = g.first; s < g.last; ++s)
+      for (int64_t o = 0; o < columns; o += width) {
+        tasks.push_back({&g, &plan.segments[s], o});
+        costs.push_back(g.rows * plan.segments[s].rank * width);
+      }
   parallel_tasks(costs, [&](int64_t t) {
     static thread_local std::vector<float> room, turned;
     static thread_local std::vector<float*> y;
     static thread_local std::vector<const float*> c;
     static thread_local std::vector<const void*> b;
-    const Segment& s = *tasks[t].first;
-    const int64_t o = tasks[t].second, n = std::min(width, columns - o), pairs = s.end - s.begin;
+    const Group& g = *tasks[t].group;
+    const Segment& s = *tasks[t].segment;
+    const int64_t o = tasks[t].o, n = std::min(width, columns - o);
     float* acc = scratch(room, s.rank * width);
-    float* by_rank = scratch(turned, s.rank * pairs);
+    float* by_rank = scratch(turned, s.rank * g.rows);
     std::memset(acc, 0, s.rank * width * sizeof(float));
-    const void** sources = scratch(b, pairs);
-    for (int64_t p = 0; p < pairs; ++p) {
-      sources[p] = rows.at(plan.first_row + plan.row[s.begin + p]) + o;
+    const void** sources = scratch(b, g.rows);
+    for (int64_t p = 0; p < g.rows; ++p) {
+      sources[p] = rows.at(plan.first_row + plan.rows_of(g)[p]) + o;
       for (int64_t r = 0; r < s.rank; ++r)
-        by_rank[r * pairs + p] = coef[s.h + p * s.rank + r];
+        by_rank[r * g.rows + p] = coef[g.h + p * g.depth + s.at + r];
     }
     float** ys = scratch(y, s.rank);
     const float** cs = scratch(c, s.rank);
     for (int64_t r = 0; r < s.rank; ++r) {
       ys[r] = acc + r * width;
-      cs[r] = by_rank + r * pairs;
+      cs[r] = by_rank + r * g.rows;
     }
-    kernels.expand(ys, int(s.rank), cs, sources, Dtype::f32, pairs, n);
+    kernels.expand(ys, int(s.rank), cs, sources, Dtype::f32, g.rows, n);
     for (int64_t r = 0; r < s.rank; ++r)
       kernels.store(ys[r], nullptr, Dtype::f32,
                     out + ((stack.first_row(s.adapter) + r) * columns + o) * dtype_size(dtype),

@@ -1,8 +1,9 @@
 // mixture_lora on raw pointers: routing -> segments, then shrink, expand and outer over them.
 //
 // Rows are visited adapter by adapter (segments), so an adapter is read once for all the rows that
-// use it. A row's own order of summation is by ascending adapter id, then j: it does not depend on
-// the other rows.
+// use it. Neighbouring segments with the same rows form one group, whose ranks are taken as one
+// depth: rows that share a mixture become one matrix product. A row's own order of summation is by
+// ascending adapter id, then rank, whatever the grouping: it does not depend on the other rows.
 #pragma once
 
 #include <cstdint>
@@ -58,28 +59,42 @@ struct Rows {
   const float* at(int64_t n) const { return data + n * stride; }
 };
 
-// One adapter and the pairs (row, j) of a range of rows that use it.
+// One adapter in one group; its ranks are [at, at + rank) of the group's depth.
 struct Segment {
-  int64_t adapter, rank, begin, end;  // pairs [begin, end) of the plan
-  int64_t h;                          // its first value in rank-wide buffers: [pairs, rank]
+  int64_t adapter, rank, at;
+  int64_t begin, rows;  // its pairs, in the order of the group's rows
 };
 
+// Segments [first, last) that the same rows use. Rank-wide buffers hold [rows, depth] from h on.
+struct Group {
+  int64_t first, last, rows, depth, h;
+};
+
+// Pairs are (row, adapter): an adapter named twice by a row is one pair with the sum of the factors.
 struct Plan {
   int64_t first_row, last_row;
-  std::vector<int32_t> row, index;  // of each pair: row - first_row; n * J + j
-  std::vector<float> factor;        // weight * scale
+  std::vector<int32_t> row;      // of each pair, minus first_row
+  std::vector<float> factor;     // weight * scale
+  std::vector<int32_t> pair_of;  // if asked for: [N, J] -> pair, -1 for none
   std::vector<Segment> segments;
+  std::vector<Group> groups;
   int64_t h_size;
+
+  const int32_t* rows_of(const Group& g) const { return row.data() + segments[g.first].begin; }
 };
 
 void make_plan(const Stack& stack, const Route& route, int64_t first_row, int64_t last_row,
-               Plan& plan);
+               bool want_pair_of, Plan& plan);
 
-// h[pair][r] = <rows[n], side[k][r]>, times the pair's factor if `weighted`.
+// h[row of group][r] = <rows[n], side rank row r>, times the pair's factor if `weighted`.
 void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                  const Plan& plan, const Rows& rows, bool weighted, float* h);
 
-// out[n] = base[n] + sum over pairs and r of coef[pair][r] * side[k][r], rounded once.
+// Multiplies the ranks [first_rank, last_rank) of rows [begin, end) of a group by the pairs' factors.
+void weigh(const Plan& plan, const Group& group, int64_t begin, int64_t end, int64_t first_rank,
+           int64_t last_rank, float* h);
+
+// out[n] = base[n] + sum over groups and r of coef[row of group][r] * rank row r, rounded once.
 struct Output {
   const char* base;  // null: the update alone
   Dtype base_dtype;
@@ -91,7 +106,7 @@ struct Output {
 void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                  const Plan& plan, const float* coef, const Output& output);
 
-// out[k][r] = sum over pairs of coef[pair][r] * rows[n], in a contiguous copy of the stack.
+// out[k][r] = sum over rows of coef[row of group][r] * rows[n], in a contiguous copy of the stack.
 void outer_rows(const MixtureKernels& kernels, const Stack& stack, const Plan& plan,
                 const float* coef, const Rows& rows, int64_t columns, char* out, Dtype dtype);
 

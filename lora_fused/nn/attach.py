@@ -1,6 +1,6 @@
 """attach(model, bank): give layers their adapters in place, and take them back exactly."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 
@@ -10,11 +10,10 @@ from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route
 from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
-from lora_fused.nn.routing import Active, Routing, Site
+from lora_fused.nn.routing import Active, Routing, Site, check_forward
+from lora_fused.nn.saved import check_saved, equip, owners, saved_rows
 
 _OP = "attach"
-# Modules with a fast path that reads their children's weights past the children's forward.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error") -> "Handle":
@@ -53,25 +52,32 @@ def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error")
         raise invalid(_OP, "saved_modules", rule, repr(saved_modules))
     if any(_site(module) for module in model.modules()):
         raise invalid(_OP, "model", "be detached", "an attached model (see handle_of)")
-    if not bank.stacks:
+    if not len(bank):
         raise invalid(_OP, "bank", "hold at least one adapter", "an empty bank")
-    targets = _targets(model, bank)
     check_saved_policy(_OP, bank, saved_modules)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets = _targets(bank, modules)
+    heads = check_saved(_OP, bank, modules) if saved_modules == "apply" else {}
+    layers = {**targets, **heads}
+    _check_distinct(layers)
     for name, module in targets.items():
         bank.stacks[name].to(module.weight.device)
-    routing = Routing(bank, dict(bank.stacks), saved_modules)
+    saved = list(bank.saved.values()) if heads else []
+    routing = Routing(bank, dict(bank.stacks), tuple(layers), saved_modules, saved)
+    for name, module in heads.items():
+        equip(module, name, routing)
     for name, module in targets.items():
         module.__class__ = layer_class(module)
         module.lora_stack = bank.stacks[name]
         module.lora_site = Site(name, routing)
-    return Handle(model, routing, tuple(targets.values()))
+    return Handle(model, routing, tuple(layers.values()))
 
 
 def handle_of(model: nn.Module) -> "Handle":
     """The handle of an attached model; a deepcopy has its own."""
     layers = {s.name: m for m in model.modules() if (s := _site(m)) is not None}
     routing = next((_site(m).routing for m in layers.values()), None)
-    if routing is None or len(layers) != len(routing.stacks):
+    if routing is None or len(layers) != len(routing.names):
         what = "one that is not" if routing is None else "a part of one"
         raise invalid("handle_of", "model", "be an attached model", what)
     return Handle(model, routing, tuple(layers.values()))
@@ -93,9 +99,13 @@ class Handle:
         A nested one overrides it. One thread at a time; after ``bank.remove`` or ``compact`` enter
         again. ValueError where the rows of a batch do not fit, naming the module.
         """
-        self._routing.check("mix")
+        self._routing.check_bank("mix")
         check_saved_policy("mix", self.bank, self._routing.saved_modules)
-        return self._routing.using(Active(mixture, mixture.resolve(self.bank)))
+        route = mixture.resolve(self.bank)
+        rows = None
+        if self._routing.saved_modules == "apply" and self.bank.saved:
+            rows = saved_rows(self._routing, route)
+        return self._routing.using(Active(mixture, route, saved_rows=rows))
 
     def route(
         self, fn: Callable[[str, Tensor], tuple[Tensor, Tensor]], *, per: str = "token"
@@ -104,7 +114,11 @@ class Handle:
 
         ids and weights are ``[M, J]``, M the tokens (or samples, by ``per``) of x, or 1.
         """
-        self._routing.check("route")
+        self._routing.check_bank("route")
+        check_saved_policy("route", self.bank, self._routing.saved_modules)
+        if self._routing.saved:
+            rule = "be 'error' or 'ignore' for a router, which picks no single adapter per row"
+            raise invalid("route", "saved_modules", rule, "'apply'")
         version = self.bank.version
 
         def router(name: str, x: Tensor) -> Route:
@@ -116,77 +130,67 @@ class Handle:
     def detach(self) -> None:
         """Restore the model exactly; the bank keeps its adapters."""
         routing = self._routing
-        routing.check("detach")
+        routing.check_attached("detach")
         if routing.active.source is not None:
             raise RuntimeError("detach: the mixture must be closed first, got one in force")
         for layer in self._layers:
-            del layer.lora_stack, layer.lora_site
-            layer.__class__ = type(layer).__mro__[2]
+            for name in ("lora_stack", "lora_saved", "lora_held"):
+                if hasattr(layer, name):
+                    delattr(layer, name)
+            del layer.lora_site
+            layer.__class__ = type(layer).__mro__[2]  # after our class and its mixin
         routing.attached = False
 
 
 def check_saved_policy(op: str, bank: AdapterBank, policy: str) -> None:
     """Refuse saved modules where nobody said what to do with them."""
     if policy == "error" and bank.saved:
-        found = {name: sorted(_owners(tensors)) for name, tensors in bank.saved.items()}
+        found = {name: sorted(owners(tensors)) for name, tensors in bank.saved.items()}
         rule = "have no saved modules (pass saved_modules='ignore' or 'apply')"
         raise invalid(op, "bank", rule, found)
-
-
-def _owners(tensors: dict[str, Tensor]) -> set[str]:
-    return {path.rpartition(".")[0] for path in tensors}
 
 
 def _site(module: nn.Module) -> Site | None:
     return getattr(module, "lora_site", None)
 
 
-def _targets(model: nn.Module, bank: AdapterBank) -> dict[str, nn.Module]:
-    """The model's modules under the bank's names, all checked."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _targets(bank: AdapterBank, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The model's modules under the bank's names, each checked."""
     missing = [name for name in bank.stacks if name not in modules]
     if missing:
         raise invalid(_OP, "model", "have every module of the bank", _missing(missing, modules))
-    targets = {name: modules[name] for name in bank.stacks}
+    for name, stack in bank.stacks.items():
+        _check_target(f"module {name!r}", modules[name], stack)
+        check_forward(_OP, f"module {name!r}", name, modules)
+    return {name: modules[name] for name in bank.stacks}
+
+
+def _check_distinct(layers: dict[str, nn.Module]) -> None:
     first: dict[int, str] = {}
-    for name, module in targets.items():
-        _check_target(name, module, bank.stacks[name])
-        for ancestor in _ancestors(name, modules):
-            if isinstance(ancestor, _BYPASSING):
-                rule = f"stay outside {type(ancestor).__name__}, which reads its weight directly"
-                raise invalid(_OP, f"module {name!r}", rule, "a part of it")
+    for name, module in layers.items():
         other = first.setdefault(id(module), name)
         if other != name:
-            raise invalid(_OP, f"module {name!r}", "occur once", f"the same module as {other!r}")
-    return targets
+            rule = "be adapted under one name"
+            raise invalid(_OP, f"module {name!r}", rule, f"the same module as {other!r}")
 
 
-def _check_target(name: str, module: nn.Module, stack: AdapterStack) -> None:
-    what = f"module {name!r}"
+def _check_target(what: str, module: nn.Module, stack: AdapterStack) -> None:
     if layer_class(module) is None:
         rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D"
         raise invalid(_OP, what, rule, f"{type(module).__module__}.{type(module).__qualname__}")
-    if "forward" in vars(module):
-        raise invalid(_OP, what, "have its class's forward", "one replaced on the instance")
     embedding = isinstance(module, nn.Embedding)
     if embedding != stack.embedding:
-        kinds = ("linear layer", "embedding")
-        rule = f"be an adapted {kinds[stack.embedding]} like the bank's"
-        raise invalid(_OP, what, rule, f"an {kinds[embedding]}")
+        kinds = ("a linear layer", "an embedding")
+        rule = f"be {kinds[stack.embedding]}, as the bank's adapters of it are"
+        raise invalid(_OP, what, rule, kinds[embedding])
     if embedding and (module.max_norm is not None or module.scale_grad_by_freq):
         raise invalid(_OP, what, "have no max_norm and no scale_grad_by_freq", module)
+    if stack.row_start is None and embedding:
+        raise invalid(_OP, what, "have a packed stack", "a slotted one")
     sizes = (stack.in_features, stack.out_features)
     if layer_sizes(module) != sizes:
         rule = f"have the adapters' in and out features {sizes}"
         raise invalid(_OP, what, rule, layer_sizes(module))
-    if module.weight.is_meta:
-        raise invalid(_OP, what, "have its weight on a real device", "the meta device")
-
-
-def _ancestors(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
-    while name:
-        name = name.rpartition(".")[0]
-        yield modules[name]
 
 
 def _missing(names: list[str], modules: dict[str, nn.Module]) -> str:

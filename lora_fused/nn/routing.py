@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_fused.adapters import AdapterBank
+from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Route
+
+# Modules with a fast path that reads their children's weights past the children's forward.
+_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Active(NamedTuple):
@@ -21,13 +24,13 @@ class Active(NamedTuple):
         route: of a mixture. With no adapter a route of -1, which only compiled code reads: a graph
             that saw None there would have to be compiled anew for the first mixture.
         router: ``fn(module_name, x) -> Route``, in place of ``route``.
-        saved_rows: adapter name (None: the model's own) -> its rows, for saved modules applied.
+        saved_rows: of saved modules that are applied; see lora_fused.nn.saved.saved_rows.
     """
 
     source: object
     route: Route | None
     router: Callable | None = None
-    saved_rows: dict[str | None, Tensor | None] | None = None
+    saved_rows: dict[int | None, Tensor | None] | None = None
 
 
 class Routing:
@@ -38,12 +41,22 @@ class Routing:
 
     Attributes:
         stacks: module name -> the AdapterStack that its layer holds.
+        names: of all attached modules.
         saved_modules: the policy given to ``attach``.
+        saved: with "apply", each adapter's saved tensors, as they stand in ``bank.saved``.
         position: module name -> its index in ``bank.modules``, the order of per-module weights.
     """
 
-    def __init__(self, bank: AdapterBank, stacks: dict, saved_modules: str):
-        self.bank, self.stacks, self.saved_modules = bank, stacks, saved_modules
+    def __init__(
+        self,
+        bank: AdapterBank,
+        stacks: dict[str, AdapterStack],
+        names: tuple[str, ...],
+        saved_modules: str,
+        saved: list[dict[str, Tensor]],
+    ):
+        self.bank, self.stacks, self.names = bank, stacks, names
+        self.saved_modules, self.saved = saved_modules, saved
         self.position = {name: i for i, name in enumerate(bank.modules)}
         self.attached = True
         self.active = self._idle()
@@ -52,7 +65,7 @@ class Routing:
 
     def __reduce__(self):
         # deepcopy and pickle take the bank along and leave the mixture in force behind.
-        return Routing, (self.bank, self.stacks, self.saved_modules)
+        return Routing, (self.bank, self.stacks, self.names, self.saved_modules, self.saved)
 
     def current(self, name: str, x: Tensor) -> Route:
         """The route of one module, on the device of its input."""
@@ -90,10 +103,13 @@ class Routing:
                     "(two tasks of one thread that share a model?)"
                 )
 
-    def check(self, op: str) -> None:
-        """Check that the layers still fit the bank, which may have changed since ``attach``."""
+    def check_attached(self, op: str) -> None:
         if not self.attached:
             raise RuntimeError(f"{op}: the model must be attached, got a handle that was detached")
+
+    def check_bank(self, op: str) -> None:
+        """Check that the layers still fit the bank, which may have changed since ``attach``."""
+        self.check_attached(op)
         for name, stack in self.bank.stacks.items():
             if self.stacks.get(name) is not stack:
                 raise RuntimeError(
@@ -155,8 +171,7 @@ def _may_be_recomputed() -> bool:
 
 
 def check_rows(name: str, route: Route, rows: torch.Size) -> None:
-    """Check that a route speaks of as many rows as a layer's input has (``rows``: its shape but
-    for the features); a single one fits any input."""
+    """Check that a route fits an input of this shape without features; a single row always does."""
     groups = route.groups
     if groups == 1:
         return
@@ -167,3 +182,17 @@ def check_rows(name: str, route: Route, rows: torch.Size) -> None:
     if groups != count:
         rule = f"have one row or as many as {name!r} gets {what}, {count}"
         raise invalid("mix", "mixture", rule, groups)
+
+
+def check_forward(op: str, what: str, name: str, modules: dict[str, nn.Module]) -> None:
+    """Check that a changed forward of this module would run, and with real weights."""
+    module = modules[name]
+    if "forward" in vars(module):
+        raise invalid(op, what, "have its class's forward", "one replaced on the instance")
+    if any(p.is_meta for p in module.parameters(recurse=False)):
+        raise invalid(op, what, "have its weights on a real device", "the meta device")
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(modules[name], _BYPASSING):
+            rule = f"lie outside {type(modules[name]).__name__}, which reads its weights directly"
+            raise invalid(op, what, rule, "a part of it")

@@ -1,0 +1,156 @@
+"""Fully trained modules (PEFT's modules_to_save): each row runs its own adapter's copy.
+
+A module is taken where its tensors lie: a head of several layers is served layer by layer, which is
+the same computation row by row.
+"""
+
+import functools
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from lora_fused.adapters import AdapterBank
+from lora_fused.checks import invalid, shape
+from lora_fused.mixture import Route
+from lora_fused.nn.routing import Routing, Site, check_forward, check_rows
+
+
+def owners(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module path -> parameter name -> tensor."""
+    table: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for path, tensor in tensors.items():
+        module, _, leaf = path.rpartition(".")
+        table[module][leaf] = tensor
+    return dict(table)
+
+
+def check_saved(op: str, bank: AdapterBank, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Check the bank's saved modules against the model's; return those that have copies."""
+    found = {}
+    for adapter, tensors in bank.saved.items():
+        for name, leaves in owners(tensors).items():
+            what = f"saved module {name!r} of adapter {adapter!r}"
+            if name not in modules:
+                raise invalid(op, what, "be a module of the model", "none of that name")
+            if name == "":
+                raise invalid(op, what, "be a submodule", "the model itself")
+            if name in bank.stacks:
+                raise invalid(op, what, "not be adapted as well", "a module of the bank")
+            module = found[name] = modules[name]
+            check_forward(op, what, name, modules)
+            own = {**dict(module.named_parameters(recurse=False)), **_persistent(module)}
+            if leaves.keys() != own.keys():
+                raise invalid(op, what, f"have the tensors {sorted(own)}", sorted(leaves))
+            for leaf, tensor in leaves.items():
+                if tensor.shape != own[leaf].shape:
+                    rule = f"have {leaf} of the model's shape {shape(own[leaf])}"
+                    raise invalid(op, what, rule, shape(tensor))
+    return found
+
+
+def saved_rows(routing: Routing, route: Route) -> dict[int | None, Tensor | None]:
+    """Which rows run which adapter's saved modules: position in ``routing.saved`` (None: the
+    model's own modules) -> row numbers, None for all rows."""
+    bank = routing.bank
+    names = {bank.id(name): name for name in bank.names}
+    table = [{k for k in ids if k in names} for ids in route.adapter_ids.tolist()]
+    picks = [_pick(routing, [names[k] for k in sorted(ids)], row) for row, ids in enumerate(table)]
+    if len(set(picks)) <= 1:
+        return {picks[0] if picks else None: None}
+    if route.row_mixture is not None:
+        picks = [picks[m] for m in route.row_mixture.tolist()]
+    if route.per == "token":
+        rule = "be per='sample' to apply saved modules"
+        raise invalid("mix", "mixture", rule, "per='token' with saved modules")
+    device = route.adapter_ids.device
+    return {
+        pick: torch.tensor([row for row, p in enumerate(picks) if p == pick], device=device)
+        for pick in dict.fromkeys(picks)
+    }
+
+
+def _pick(routing: Routing, names: list[str], row: int) -> int | None:
+    saved = [name for name in names if name in routing.bank.saved]
+    if not saved:
+        return None
+    if len(names) > 1:
+        rule = f"name one adapter, for {saved} have saved modules (or attach with 'ignore')"
+        raise invalid("mix", f"mixture row {row}", rule, names)
+    tensors = routing.bank.saved[saved[0]]
+    for position, known in enumerate(routing.saved):
+        if known is tensors:
+            return position
+    raise RuntimeError(
+        f"mix: adapter {saved[0]!r} must have been in the bank when it was attached, for it has "
+        "saved modules, got one added since; detach and attach again"
+    )
+
+
+class SavedLayer:
+    """What a module's class gains: rows of an adapter with a copy of the module run that copy.
+
+    Attributes (both absent from state_dict):
+        lora_saved: a module whose buffers ``<position>_<parameter>`` are the copies.
+        lora_site: as in MixtureLayer.
+    """
+
+    lora_site: Site | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.lora_site.watch()
+        active = self.lora_site.routing.active
+        batch = x.shape if x.dim() > 1 or isinstance(self, nn.Embedding) else torch.Size()
+        rows: dict[int | None, list[Tensor | None]] = defaultdict(list)
+        for position, index in (active.saved_rows or {None: None}).items():
+            rows[position if position in self.lora_held else None].append(index)
+        if len(rows) == 1:
+            (position,) = rows
+            if rows[position][0] is not None:
+                check_rows(self.lora_site.name, active.route, batch)
+            return self._run(position, x)
+        check_rows(self.lora_site.name, active.route, batch)
+        order = [torch.cat(parts).to(x.device) for parts in rows.values()]
+        outs = [self._run(position, x[at]) for position, at in zip(rows, order, strict=True)]
+        return torch.cat(outs)[torch.cat(order).argsort()]
+
+    def _run(self, position: int | None, x: Tensor) -> Tensor:
+        if position is None:
+            return super().forward(x)
+        base = type(self).__mro__[2]
+        twin = base.__new__(base)  # this module with other tensors
+        vars(twin).update(vars(self))
+        for kind in ("_parameters", "_buffers"):
+            copies = {leaf: self._copy(position, leaf, t) for leaf, t in vars(self)[kind].items()}
+            vars(twin)[kind] = copies
+        return twin.forward(x)
+
+    def _copy(self, position: int, leaf: str, own: Tensor | None) -> Tensor | None:
+        return getattr(self.lora_saved, f"{position}_{leaf}", own)
+
+
+def equip(module: nn.Module, name: str, routing: Routing) -> None:
+    """Turn a module into a SavedLayer in place, with copies in the module's dtype and device."""
+    own = {**module._parameters, **module._buffers}
+    held = nn.Module()
+    positions = []
+    for position, tensors in enumerate(routing.saved):
+        leaves = owners(tensors).get(name, {})
+        if leaves:
+            positions.append(position)
+        for leaf, tensor in leaves.items():
+            held.register_buffer(f"{position}_{leaf}", tensor.to(own[leaf]), persistent=False)
+    module.__class__ = _saved_class(type(module))
+    module.lora_saved, module.lora_held = held, frozenset(positions)
+    module.lora_site = Site(name, routing)
+
+
+@functools.cache
+def _saved_class(base: type) -> type:
+    return type(f"Saved{base.__name__}", (SavedLayer, base), {"__doc__": SavedLayer.__doc__})
+
+
+def _persistent(module: nn.Module) -> dict[str, Tensor]:
+    skip = module._non_persistent_buffers_set
+    return {n: t for n, t in module.named_buffers(recurse=False) if n not in skip}

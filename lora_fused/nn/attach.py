@@ -114,6 +114,8 @@ class Handle:
 
         ids and weights are ``[M, J]``, M the tokens (or samples, by ``per``) of x, or 1.
         """
+        if per not in ("sample", "token"):
+            raise invalid("route", "per", "be 'sample' or 'token'", repr(per))
         self._routing.check_bank("route")
         check_saved_policy("route", self.bank, self._routing.saved_modules)
         if self._routing.saved:

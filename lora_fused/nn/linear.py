@@ -10,6 +10,7 @@ from lora_fused.checks import invalid
 from lora_fused.mixture import Route
 from lora_fused.nn.routing import Site, check_rows
 from lora_fused.ops import mixture_lora
+from lora_fused.ops.mixture_lora.contract import check_route
 from lora_fused.ops.mixture_lora.reference import embedding_update
 
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -87,16 +88,17 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
     """nn.Embedding with a stack of adapters: gathers columns of lora_a."""
 
     def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
-        stack = self.lora_stack
+        stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
+        ids, row_mixture = route.adapter_ids, route.row_mixture
         y = embedding_update(
             x.reshape(-1),
             *stack.factors(),
             stack.row_start,
-            route.adapter_ids,
+            check_route(rows, ids, weights, row_mixture, len(stack)),
             weights,
             stack.scale,
-            route.row_mixture,
-            base.reshape(-1, base.shape[-1]),
+            row_mixture,
+            rows,
             stack.max_rank,
             self.padding_idx,
         )

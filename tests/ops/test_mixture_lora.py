@@ -326,9 +326,9 @@ FAULTS = {  # label: (what changes in a good call, the text of the error)
     "at-low": ({"row_mixture": torch.full((12,), -1).int()}, r"row_mixture must lie in .*, got -1"),
     "base": (
         {"base": torch.ones(12, 8)},
-        r"base must be floating .*\[12, 9\], got .*\[12, 8\]",
+        r"base must be \[12, 9\] of .*, got .*\[12, 8\]",
     ),
-    "base-dtype": ({"base": torch.ones(12, 9).int()}, "base must be floating point .*torch.int32"),
+    "base-dtype": ({"base": torch.ones(12, 9).int()}, "base must be .*, got torch.int32"),
     "device": (
         {"weights": torch.ones(12, 3, **META)},
         "weights must be on cpu like x, got meta",
@@ -376,7 +376,8 @@ def test_float64_is_for_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "NATIVE_ERROR", None)
     p = problem(12, 3, (3, 8), 17, 9)
     wide = {k: p[k].double() for k in ("lora_a", "lora_b")}
-    for changes in ({"x": p["x"].double()}, wide, double(p)):
+    base = {"base": torch.randn(12, 9).double()}
+    for changes in ({"x": p["x"].double()}, wide, base, double(p)):
         assert torch.equal(run(p, "auto", **changes), run(p, "reference", **changes))
-        with pytest.raises(ValueError, match=r"(x|lora_b) must .*float16"):
+        with pytest.raises(ValueError, match=r"(x|lora_b|base) must .*float16"):
             run(p, "native", **changes)

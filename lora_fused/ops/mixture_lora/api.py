@@ -74,13 +74,14 @@ def mixture_lora(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
-    name = choose(contract.OP, impl, x.device, torch.promote_types(x.dtype, lora_a.dtype))
+    wide = any(t is not None and t.dtype == torch.float64 for t in (x, lora_a, base))
+    name = choose(contract.OP, impl, x.device, torch.float64 if wide else x.dtype)
     count = contract.check_stack(x, lora_a, lora_b, row_start, ranks, scale, name)
     x_ni = x.reshape(-1, x.shape[-1])
     adapter_ids = contract.check_route(x_ni, adapter_ids, weights, row_mixture, count)
     out_shape = (*x.shape[:-1], lora_b.shape[-1])
     if base is not None:
-        base = contract.check_base(base, x, out_shape).reshape(-1, out_shape[-1])
+        base = contract.check_base(base, x, out_shape, name).reshape(-1, out_shape[-1])
     # Read as float32; as float64 where x is, so that the reference can serve as the truth.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights, scale = weights.to(compute), scale if scale is None else scale.to(compute)

@@ -11,7 +11,7 @@ STORAGE = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_stack(x, lora_a, lora_b, row_start, ranks, scale, name: str) -> int:
     """Check the adapters against x and each other; return how many there are (K)."""
-    stored = (*STORAGE, torch.float64) if name == "reference" else STORAGE
+    stored = _stored(name)
     if x.dim() == 0 or x.dtype not in stored:
         raise invalid(OP, "x", f"be [..., I] of {_dtypes(stored)} for impl {name!r}", _what(x))
     dims, form = (3, "[K, R, I]") if row_start is None else (2, "[T, I]")
@@ -61,10 +61,12 @@ def check_route(x_ni, adapter_ids, weights, row_mixture, count: int) -> Tensor:
     return adapter_ids.int()
 
 
-def check_base(base: Tensor, x: Tensor, out_shape: tuple) -> Tensor:
+def check_base(base: Tensor, x: Tensor, out_shape: tuple, name: str) -> Tensor:
     """Check the frozen layer's output against the shape of the update."""
-    if base.shape != out_shape or not base.is_floating_point():
-        raise invalid(OP, "base", f"be floating point {list(out_shape)}", _what(base))
+    stored = _stored(name)
+    if base.shape != out_shape or base.dtype not in stored:
+        rule = f"be {list(out_shape)} of {_dtypes(stored)} for impl {name!r}"
+        raise invalid(OP, "base", rule, _what(base))
     _check_device(x.device, base=base)
     return base
 
@@ -79,6 +81,10 @@ def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
             raise invalid(OP, "max_rank", f"be at least the largest rank, {largest}", max_rank)
         return largest
     return max_rank
+
+
+def _stored(name: str) -> tuple:
+    return (*STORAGE, torch.float64) if name == "reference" else STORAGE
 
 
 def _check_range(label: str, ids: Tensor, low: int, high: int) -> None:

@@ -1,0 +1,21 @@
+"""The program ``lora-fused``. Importing lora_fused imports neither this package nor typer."""
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    """Entry point of ``lora-fused``: one line and exit code 1 where typer or rich is missing."""
+    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    if missing:
+        need = " and ".join(missing)
+        sys.exit(f"lora-fused: {need} must be installed; run: pip install 'lora-fused[cli]'")
+    try:
+        from lora_fused.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+__all__ = ["main"]

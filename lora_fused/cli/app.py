@@ -1,0 +1,53 @@
+"""The typer application: its commands and the one way in which errors reach the user."""
+
+import traceback
+from pathlib import Path
+
+import typer
+import typer.core
+import typer.main
+
+from lora_fused.cli import adapters, demo, info
+
+EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
+
+
+class OneLineErrors(typer.core.TyperGroup):
+    """Every error is one line on stderr: exit code 2 for wrong usage, 1 for the rest."""
+
+    def main(self, *args, standalone_mode=True, **options):
+        try:
+            code = super().main(*args, standalone_mode=False, **options)
+        except Exception as error:
+            message, code = _describe(error)
+            typer.echo(f"lora-fused: {message}", err=True)
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    if isinstance(error, typer.Abort):
+        return "interrupted", 130
+    if hasattr(error, "format_message"):  # a usage error; its class moved between typer versions
+        return _one_line(f"{error.format_message()} (see lora-fused --help)"), error.exit_code
+    if isinstance(error, EXPECTED):
+        return _one_line(str(error) or type(error).__name__), 1
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return _one_line(f"internal error at {where}: {type(error).__name__}: {error}"), 1
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+_typer = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Run, mix, retrieve, compress and recycle many LoRA adapters on one frozen model.",
+)
+_typer.command()(info.info)
+_typer.command()(adapters.inspect)
+_typer.command()(adapters.validate)
+_typer.command()(demo.demo)
+app = typer.main.get_command(_typer)

@@ -1,0 +1,101 @@
+"""Where output goes: results to stdout, progress to stderr; what a path argument stands for."""
+
+import glob
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PIPE_WIDTH = 1000  # a table that no terminal limits is as wide as its content
+
+
+class Reporter:
+    """Progress on stderr: bars on a terminal, plain lines otherwise, nothing when quiet."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yield a function that advances the bar (or, without a terminal, does nothing)."""
+        if self.quiet or not self.console.is_terminal:
+            self.say(f"{label} ...")
+            yield lambda steps=1: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
+            bar = progress.add_task(label, total=total)
+            yield lambda steps=1: progress.advance(bar, steps)
+
+
+def stdout() -> Console:
+    """A console on stdout as it is now (tests replace it), wide where it is no terminal."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Table:
+    """A rich table; ``columns`` maps each heading to its justification ("left" or "right")."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for heading, justify in columns.items():
+        made.add_column(heading, justify=justify, overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    return made
+
+
+def expand(arguments: list[str]) -> list[tuple[Path, str | None]]:
+    """Turn path arguments into adapters, in order, each with None or the reason why it is none.
+
+    A directory is searched for adapters, a pattern is expanded, ``@list.txt`` names one path per
+    line, relative to the list's own directory; empty lines and lines with # are skipped.
+    """
+    found: dict[Path, str | None] = {}
+    for argument in arguments:
+        for path, reason in _expand_one(argument):
+            found.setdefault(path, reason)
+    return list(found.items())
+
+
+def _expand_one(argument: str) -> list[tuple[Path, str | None]]:
+    from lora_fused.io import find_adapters
+
+    path = Path(argument)
+    if argument.startswith("@"):
+        return _expand_list(Path(argument[1:]))
+    if path.is_dir():
+        adapters = find_adapters(path)
+        return [(p, None) for p in adapters] or [(path, "no adapter in this directory")]
+    if path.exists():
+        return [(path, None)]
+    matches = sorted(glob.glob(argument, recursive=True))
+    if matches:
+        return [pair for match in matches for pair in _expand_one(match)]
+    pattern = any(sign in argument for sign in "*?[")
+    return [(path, "the pattern matches nothing" if pattern else "no such file or directory")]
+
+
+def _expand_list(listing: Path) -> list[tuple[Path, str | None]]:
+    try:
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        return [(listing, f"the list cannot be read: {error}")]
+    paths = [line for line in lines if line and not line.startswith("#")]
+    if not paths:
+        return [(listing, "the list names no path")]
+    return [pair for p in paths for pair in _expand_one(str(listing.parent / p))]

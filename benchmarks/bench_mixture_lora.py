@@ -52,13 +52,13 @@ CHOSEN = {
     MIDDLE: "segments",
     replace(MIDDLE, N=128): "segments",
     replace(MIDDLE, N=512): "masked_loop",
-    replace(MIDDLE, J=1): "segments",
-    replace(MIDDLE, K=512, I=4096, O=4096): "segments",
+    replace(MIDDLE, J=1): "segments_bag",
+    replace(MIDDLE, K=512, I=4096, O=4096): "row_mv",
     replace(MIDDLE, N=128, K=4): "dense_active",
     replace(MIDDLE, N=512, workload="identical"): "dense_active",
     replace(MIDDLE, dtype="bfloat16"): "segments_f32copy",
-    replace(MIDDLE, N=512, dtype="bfloat16"): "masked_loop_f32copy",
-    replace(MIDDLE, direction="backward"): "masked_loop",
+    replace(MIDDLE, N=512, dtype="bfloat16"): "dense_active",
+    replace(MIDDLE, direction="backward"): "dense_active",
 }
 _SMALL = replace(MIDDLE, N=8, K=8, R=4, I=64, O=96)
 SMOKE = [
@@ -249,5 +249,5 @@ def test_mixture_lora(benchmark, case, impl):
         run = build()
         _, fault = Gate(entry.truth(), entry.rounded()).check(run())
         assert not fault
-        benchmark.extra_info["form"] = name
+        benchmark.group, benchmark.extra_info["form"] = str(case), name
         benchmark(run)

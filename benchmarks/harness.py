@@ -1,7 +1,8 @@
 """Races: several ways to compute one thing, gated for correctness and timed in turns.
 
 A bench module states a ``Case`` and builds its ``Problem``; this file does the rest. Competitors
-take turns in one process, the order rotating, so that drift and a noisy machine hit all alike.
+take turns in one process, the order rotating, so that drift and a noisy machine hit all alike. What
+fits a cache stays there between turns, for all alike; a model would find it colder.
 """
 
 import math
@@ -17,7 +18,7 @@ from lora_fused.testing import error
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
 SAMPLE_SECONDS = 2e-4  # shorter runs are repeated within a sample: the clock costs 0.1 us
-COMPETITOR_SECONDS = 20.0  # a competitor whose MIN_ROUNDS would take longer is skipped
+COMPETITOR_SECONDS = 10.0  # a competitor whose MIN_ROUNDS would take longer is skipped
 MEMORY_LIMIT = 2 * 2**30  # bytes; for the inputs of a case, and for what a competitor adds
 CONTENDER = (
     2.0  # times the best baseline: slower ones get MIN_ROUNDS and leave the rest of the time

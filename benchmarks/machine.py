@@ -11,6 +11,7 @@ import torch
 
 from lora_fused.backends import NATIVE
 
+PROBE_SECONDS = 0.15  # for each rate
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 class Rates:
-    """What this machine does at best: bytes per second by working set, float32 FLOPs per second.
+    """What this machine does at best: bytes per second by working set, FLOPs per second by dtype.
 
     Bytes count as read and as written. The bandwidth used for a cell is that of a copy whose
     working set is nearest to the cell's, so that a cell that fits a cache is held to the cache.
@@ -71,27 +72,37 @@ class Rates:
             source = torch.ones(size // 8)
             target = torch.empty_like(source)
             self.bandwidth[size] = size / _fastest(lambda s=source, t=target: t.copy_(s))
-        a, b = torch.randn(2, 1024, 1024).unbind(0)
-        c = torch.empty_like(a)
-        self.flops = 2 * 1024**3 / _fastest(lambda: torch.mm(a, b, out=c))
+        self._flops: dict[str, float] = {}
 
-    def floor(self, flops: float, traffic: float) -> float:
+    def flops(self, dtype: str) -> float:
+        """Of torch's matrix product; low precision counts as float32 where that is faster."""
+        if dtype not in self._flops:
+            a, b = torch.randn(2, 1024, 1024).to(getattr(torch, dtype)).unbind(0)
+            c = torch.empty_like(a)
+            self._flops[dtype] = 2 * 1024**3 / _fastest(lambda: torch.mm(a, b, out=c))
+        return (
+            self._flops[dtype]
+            if dtype == "float32"
+            else max(self._flops[dtype], self.flops("float32"))
+        )
+
+    def floor(self, flops: float, traffic: float, dtype: str) -> float:
         """Seconds that nothing on this machine can undercut by much: the larger of two bounds."""
         nearest = min(self.SIZES, key=lambda size: max(size, traffic) / min(size, traffic))
-        return max(flops / self.flops, traffic / self.bandwidth[nearest])
+        return max(flops / self.flops(dtype), traffic / self.bandwidth[nearest])
 
     def __str__(self) -> str:
         copies = ", ".join(
             f"{rate / 1e9:.0f} GB/s at {size / 2**20:g} MiB"
             for size, rate in self.bandwidth.items()
         )
-        return f"float32 GEMM {self.flops / 1e9:.0f} GFLOP/s; copy {copies}"
+        return f"float32 GEMM {self.flops('float32') / 1e9:.0f} GFLOP/s; copy {copies}"
 
 
-def _fastest(run, seconds: float = 0.15) -> float:
+def _fastest(run) -> float:
     run()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    best, until = float("inf"), time.perf_counter() + PROBE_SECONDS
+    while best == float("inf") or time.perf_counter() < until:
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)

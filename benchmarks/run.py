@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    ops = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
+    names = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
+    ops = [name for name in names if (machine.ROOT / "lora_fused" / "ops" / name).is_dir()]
     parser.add_argument("op", choices=ops)
     which = parser.add_mutually_exclusive_group()
     for name in ("grid", "chosen", "smoke"):
@@ -92,7 +93,7 @@ def _run(bench, case: Case, rates, options, results: table.Table | None) -> dict
         problem = bench.problem(case, tuple(options.impl or bench.OURS))
         raced = race(problem, options.budget, options.clock)
         flops, traffic = bench.flops(case), bench.traffic(case)
-        floor = rates.floor(flops, traffic)
+        floor = rates.floor(flops, traffic, case.dtype)
         _print(case, raced, floor)
         facts = {"flops": flops, "traffic": traffic, "floor": floor, "clock": options.clock}
         rows = table.rows_of(case, raced, **facts)
@@ -139,7 +140,8 @@ def _estimate(bench, case: Case, rates, budget: float) -> float:
         return 0.0
     copied = 40.0 * case.N * case.J * case.R * (case.I + case.O)
     slow = copied / min(rates.bandwidth.values())
-    return budget + 100 * rates.floor(bench.flops(case), bench.traffic(case)) + 10 * slow
+    floor = rates.floor(bench.flops(case), bench.traffic(case), case.dtype)
+    return budget + 100 * floor + 10 * slow
 
 
 def _matches(case: Case, filters: list[str]) -> bool:
@@ -179,4 +181,8 @@ def _span(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; cases measured so far are in the --csv", file=sys.stderr)
+        sys.exit(130)

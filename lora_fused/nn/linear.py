@@ -33,7 +33,7 @@ class MixtureLayer:
         if site is not None and route is None:
             # Compiled code cannot ask which backward pass it runs in, nor branch on "no adapter".
             if not torch.compiler.is_compiling():
-                site.watch()
+                site.routing.watch(name)
                 if site.routing.active.source is None:
                     return super().forward(x)
             route = site.routing.current(name, x)

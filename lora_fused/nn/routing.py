@@ -60,6 +60,8 @@ class Routing:
         self.position = {name: i for i, name in enumerate(bank.modules)}
         self.attached = True
         self.active = self._idle()
+        self._seen: list = []  # sources of forwards that a backward pass may yet recompute
+        self._recomputed = False
         self._owner: int | None = None
         self._lock = threading.Lock()
 
@@ -118,40 +120,21 @@ class Routing:
                 )
         self.position = {name: i for i, name in enumerate(self.bank.modules)}
 
-    def _idle(self) -> Active:
-        device, version = self.bank.device, self.bank.version
-        ids = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-        weights = torch.zeros(1, 1, device=device)
-        return Active(None, Route(ids, weights, None, "sample", version))
-
-
-class Site:
-    """One attached layer's place: its name, the routing, and which mixtures it has run under."""
-
-    def __init__(self, name: str, routing: Routing):
-        self.name, self.routing = name, routing
-        self._seen: list = []
-        self._recomputed = False
-
-    def __reduce__(self):
-        return Site, (self.name, self.routing)
-
-    def watch(self) -> None:
-        """Refuse a forward recomputed in a backward pass under other mixtures than the original.
+    def watch(self, name: str) -> None:
+        """Refuse a forward recomputed in a backward pass under another mixture than the original.
 
         Checkpointing runs a forward again from within the backward pass and reads whatever mixture
         is in force by then; were it another one, the gradients would be wrong without a word.
         """
-        source = self.routing.active.source
+        source = self.active.source
         if torch._C._current_graph_task_id() != -1:
-            others = any(seen is not source for seen in self._seen)
             self._recomputed = True
-            if others:
+            if any(seen is not source for seen in self._seen):
                 self._seen.clear()
                 raise RuntimeError(
-                    f"mix: the mixture must stay open until backward() has recomputed {self.name!r}"
-                    " (gradient checkpointing), got another or none; call backward() inside "
-                    "handle.mix, before the next checkpointed forward with another mixture"
+                    f"mix: the mixture must stay open until backward() has recomputed {name!r} "
+                    "(gradient checkpointing), got another or none; call backward() inside "
+                    "handle.mix, before a checkpointed forward with another mixture"
                 )
         elif _may_be_recomputed():
             if self._recomputed:
@@ -160,6 +143,19 @@ class Site:
             # Two that differ are refused whatever comes next, so there is no need for a third.
             if len(self._seen) < 2 and all(seen is not source for seen in self._seen):
                 self._seen.append(source)
+
+    def _idle(self) -> Active:
+        device, version = self.bank.device, self.bank.version
+        ids = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+        weights = torch.zeros(1, 1, device=device)
+        return Active(None, Route(ids, weights, None, "sample", version))
+
+
+class Site(NamedTuple):
+    """One attached layer's place."""
+
+    name: str
+    routing: Routing
 
 
 def _may_be_recomputed() -> bool:

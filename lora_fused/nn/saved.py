@@ -98,9 +98,10 @@ class SavedLayer:
     lora_site: Site | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        name, routing = self.lora_site
         if not torch.compiler.is_compiling():
-            self.lora_site.watch()
-        active = self.lora_site.routing.active
+            routing.watch(name)
+        active = routing.active
         batch = x.shape if x.dim() > 1 or isinstance(self, nn.Embedding) else torch.Size()
         rows: dict[int | None, list[Tensor | None]] = defaultdict(list)
         for position, index in (active.saved_rows or {None: None}).items():
@@ -108,9 +109,9 @@ class SavedLayer:
         if len(rows) == 1:
             (position,) = rows
             if rows[position][0] is not None:
-                check_rows(self.lora_site.name, active.route, batch)
+                check_rows(name, active.route, batch)
             return self._run(position, x)
-        check_rows(self.lora_site.name, active.route, batch)
+        check_rows(name, active.route, batch)
         order = [torch.cat(parts).to(x.device) for parts in rows.values()]
         outs = [self._run(position, x[at]) for position, at in zip(rows, order, strict=True)]
         return torch.cat(outs)[torch.cat(order).argsort()]

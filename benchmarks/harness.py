@@ -1,11 +1,12 @@
 """Races: several ways to compute one thing, gated for correctness and timed in turns.
 
 A bench module states a ``Case`` and builds its ``Problem``; this file does the rest. Competitors
-take turns in one process, the order rotating, so that drift and a noisy machine hit all alike. What
-fits a cache stays there between turns, for all alike; a model would find it colder.
+take turns in one process, in an order that changes, so that drift and a noisy machine hit all
+alike. What fits a cache stays there between turns, for all alike; a model would find it colder.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 from lora_fused.testing import error
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 400
+WARM_UP_RUNS, WARM_UP_SECONDS = 20, 0.02  # at least two runs, then whichever ends first
 SAMPLE_SECONDS = 2e-4  # shorter runs are repeated within a sample: the clock costs 0.1 us
 COMPETITOR_SECONDS = 10.0  # a competitor whose MIN_ROUNDS would take longer is skipped
 MEMORY_LIMIT = 2 * 2**30  # bytes; for the inputs of a case, and for what a competitor adds
@@ -192,7 +194,10 @@ def _admit(competitor: Competitor, gate: Gate, now: Callable[[], float]):
         result.status = "skipped"
         result.reason = f"{MIN_ROUNDS} rounds would take {single * MIN_ROUNDS:.0f} s"
         return result, None, 0.0
-    for _ in range(2):
+    until = time.perf_counter() + WARM_UP_SECONDS
+    for i in range(WARM_UP_RUNS):
+        if i >= 2 and time.perf_counter() > until:
+            break
         start = now()
         run()
         single = min(single, now() - start)
@@ -200,15 +205,16 @@ def _admit(competitor: Competitor, gate: Gate, now: Callable[[], float]):
 
 
 def _rounds(entrants: list, until: float) -> Iterator[list]:
-    # All for MIN_ROUNDS, then whoever is near the best while time lasts; each round starts with
-    # another one.
+    # All for MIN_ROUNDS, then whoever is near the best while time lasts. Shuffled, not rotated:
+    # what a run leaves in caches and allocator must not always fall to the same neighbour.
+    chance = random.Random(0)
     for i in range(MAX_ROUNDS):
         if i == MIN_ROUNDS and entrants:
             medians = {r.name: statistics.median(r.seconds) for r, *_ in entrants}
             baselines = [medians[r.name] for r, *_ in entrants if not r.ours]
-            near = CONTENDER * min(baselines or medians.values())
-            entrants = [entrant for entrant in entrants if medians[entrant[0].name] <= near]
+            best = min(baselines or medians.values())
+            limit = {True: CONTENDER_OURS * best, False: CONTENDER * best}
+            entrants = [e for e in entrants if medians[e[0].name] <= limit[e[0].ours]]
         if not entrants or (i >= MIN_ROUNDS and time.perf_counter() > until):
             return
-        first = i % len(entrants)
-        yield entrants[first:] + entrants[:first]
+        yield chance.sample(entrants, len(entrants))

@@ -9,6 +9,7 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable
 
 from lora_fused.adapters import Adapter, LoraFactors
 from lora_fused.checks import invalid
@@ -111,6 +112,14 @@ def covers(config: dict, module: str) -> bool:
         return True
     layer = _layer_index(module, config.get("layers_pattern"))
     return layer is not None and layer in ([layers] if isinstance(layers, int) else layers)
+
+
+def layers_without(config: dict, modules: Iterable[str]) -> list[int]:
+    """Layers that layers_to_transform names and no module belongs to."""
+    layers = config.get("layers_to_transform")
+    wanted = [layers] if isinstance(layers, int) else layers or []
+    found = {_layer_index(module, config.get("layers_pattern")) for module in modules}
+    return sorted(set(wanted) - found)
 
 
 def saves(config: dict, path: str) -> bool:

@@ -55,7 +55,7 @@ def parse_peft(keys: list[str], file: str) -> dict[str, Part]:
         raise name_fault(odd, file, f"start with {PREFIX!r} as the others do", odd)
     if any(key.startswith("base_model.") for key in keys) and not prefixed:
         raise name_fault(keys[0], file, f"start with {PREFIX!r}", keys[0])
-    parts, names = {}, {}
+    parts, names, others = {}, {}, {}
     for key in keys:
         path = key.removeprefix(PREFIX)
         for wrapper in _WRAPPERS:
@@ -64,7 +64,7 @@ def parse_peft(keys: list[str], file: str) -> dict[str, Part]:
             raise name_fault(key, file, f"hold {PREFIX!r} once", "an adapter wrapped twice")
         match = _LINEAR.fullmatch(path) or _EMBEDDING.fullmatch(path)
         if match is None:
-            parts[key] = Part("saved", _saved_path(path, key, file))
+            others[key] = path
             continue
         module, side, adapter = match.groups()
         if {"modules_to_save", "original_module", "base_layer"} & set(module.split(".")):
@@ -74,26 +74,31 @@ def parse_peft(keys: list[str], file: str) -> dict[str, Part]:
     if len(names) > 1:
         key = list(names.values())[1]
         raise name_fault(key, file, "belong to one adapter", f"adapters named {list(names)}")
+    adapter = next(iter(names), None)
+    for key, path in others.items():
+        parts[key] = Part("saved", _saved_path(path, adapter, key, file))
     _refuse_duplicates(parts, file)
     return parts
 
 
-def _saved_path(path: str, key: str, file: str) -> str:
+def _saved_path(path: str, adapter: str | None, key: str, file: str) -> str:
     tail = ".".join(path.split(".")[-3:])
     for word, what in _REFUSED.items():
         if word in tail:
             raise name_fault(key, file, "be a plain LoRA factor or a saved module's tensor", what)
     # "head.modules_to_save.default.weight" -> "head.weight"; "embed.base_layer.weight" likewise.
-    path = re.sub(r"\.modules_to_save(?:\.default)?\.", ".", path)
+    if adapter is not None:
+        path = path.replace(f".modules_to_save.{adapter}.", ".")
+    path = path.replace(".modules_to_save.", ".")
     return re.sub(r"\.base_layer\.([^.]+)$", r".\1", path)
 
 
 def _refuse_duplicates(parts: dict[str, Part], file: str) -> None:
-    seen: dict[Part, str] = {}
+    seen: dict[tuple[str, str], str] = {}
     for key, part in parts.items():
-        if part in seen:
-            raise name_fault(key, file, "be the only one for its module", f"also {seen[part]!r}")
-        seen[part] = key
+        other = seen.setdefault((part.side, part.module), key)
+        if other != key:
+            raise name_fault(key, file, "be the only one for its module", f"also {other!r}")
 
 
 # Names with an underscore inside, in the models whose adapters come as single files. kohya writes

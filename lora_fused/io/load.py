@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
@@ -67,26 +68,35 @@ def load_adapters(
 
 
 def find_adapters(path: str | os.PathLike) -> list[Path]:
-    """All adapter folders and single adapter files below a folder (or the path itself), sorted.
+    """All adapters below a folder (or the path itself), sorted, whether or not they can be loaded.
 
-    A folder counts if it holds adapter_config.json or an adapter_model file, whether or not it can
-    be loaded; other .safetensors files count if "lora" is in their name.
+    A folder counts if it holds adapter_config.json or an adapter_model file; another .safetensors
+    file if a tensor name in it speaks of LoRA or it cannot be read; a .bin file if its own name
+    does. Hidden files and folders are passed over.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"find_adapters: no such file or folder: {path}")
     if path.is_file() or _is_adapter(path):
         return [path]
-    below = sorted(p for p in path.rglob("*") if not p.name.startswith("."))
-    folders = [p for p in below if p.is_dir() and _is_adapter(p)]
-    files = [p for p in below if p.is_file() and p.parent not in folders and _is_adapter(p)]
-    return sorted(folders + files)
+    found = []
+    for folder, inner, files in os.walk(path):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        here = [Path(folder)] if _is_adapter(Path(folder)) else [Path(folder, f) for f in files]
+        found += [p for p in here if not p.name.startswith(".") and _is_adapter(p)]
+    return sorted(found)
 
 
 def _is_adapter(path: Path) -> bool:
     if path.is_dir():
         return any((path / file).is_file() for file in (CONFIG, WEIGHTS, PICKLE))
-    return path.suffix in (".safetensors", ".bin")
+    if path.suffix != ".safetensors":
+        return path.suffix == ".bin" and "lora" in path.name.lower()
+    try:
+        with safe_open(path, "pt") as opened:
+            return any("lora" in key.lower() for key in opened.keys())  # noqa: SIM118
+    except SafetensorError:
+        return True  # let the reader say what is wrong with it
 
 
 def _expand(paths: Paths) -> list[Path]:

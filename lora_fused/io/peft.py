@@ -2,27 +2,30 @@
 
 import json
 import os
-import pickle
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, LoraFactors
 from lora_fused.checks import invalid, shape
-from lora_fused.io.config import check_config, config_for, covers, rank_and_scale, saves
+from lora_fused.io.config import (
+    check_config,
+    config_for,
+    covers,
+    layers_without,
+    rank_and_scale,
+    saves,
+)
 from lora_fused.io.keys import PREFIX, Part, name_fault, parse_peft, parse_single
+from lora_fused.io.tensors import FLOATS, magnitude, read_tensors, refuse_pointer, save_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-_CHECKSUM = "lora_fused.checksum"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -50,7 +53,9 @@ def read_adapter(
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"read_adapter: no such file or folder: {path}")
+        raise FileNotFoundError(
+            f"read_adapter: no such file or folder: {path} (hubs are not asked)"
+        )
     if path.is_file() and path.name in (WEIGHTS, PICKLE) and (path.parent / CONFIG).exists():
         path = path.parent
     if path.is_file():
@@ -75,14 +80,14 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
         ValueError: nothing to write, or a scale that no config can express.
     """
     path = Path(path)
-    if path.exists() and not overwrite_ok:
-        raise FileExistsError(f"write_adapter: {path} exists (overwrite_ok=True replaces it)")
-    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
-        raise FileExistsError(f"write_adapter: {path} exists and is not an adapter folder")
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        if not (path / CONFIG).is_file():
+            raise FileExistsError(f"write_adapter: {path} exists and is not an adapter folder")
+        if not overwrite_ok:
+            raise FileExistsError(f"write_adapter: {path} exists (overwrite_ok=True replaces it)")
     config = config_for(adapter)
     tensors = _tensors_to_write(adapter)
-    header = {**(adapter.metadata.get("header") or {"format": "pt"})}
-    header[_CHECKSUM] = _checksum(tensors)
+    header = adapter.metadata.get("header") or {"format": "pt"}
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     fresh, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
@@ -93,7 +98,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
             fresh.mkdir()
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (fresh / CONFIG).write_text(text, encoding="utf-8")
-        save_file(tensors, fresh / WEIGHTS, metadata=header)
+        save_tensors(tensors, fresh / WEIGHTS, header)
         _swap(fresh, path, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -139,9 +144,11 @@ def _in_dtype(tensor: Tensor, name: str | None) -> Tensor:
 def _read_folder(folder: Path, name: str, allow_pickle: bool) -> Adapter:
     config, where = _read_config(folder), str(folder / CONFIG)
     file = folder / WEIGHTS
-    if not file.exists() and (folder / PICKLE).exists():
+    if not file.exists():
         file = folder / PICKLE
-    tensors, header = _read_tensors(file, allow_pickle)
+    if not file.exists():
+        raise FileNotFoundError(f"read_adapter: {folder} holds no {WEIGHTS} or {PICKLE}")
+    tensors, header, bound = read_tensors(file, allow_pickle)
     parts = parse_peft(list(tensors), str(file))
     metadata = {"path": str(folder), "layout": "peft", "config": config, "header": header}
 
@@ -153,7 +160,11 @@ def _read_folder(folder: Path, name: str, allow_pickle: bool) -> Adapter:
             raise name_fault(key, file, f"have rank {expected} as {where} says", f"rank {rank}")
         return scale
 
-    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata)
+    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata, bound)
+    missing = layers_without(config, adapter.modules)
+    if missing:
+        rule = f"hold factors for every layer in layers_to_transform of {where}"
+        raise invalid("read_adapter", str(file), rule, f"none for {missing}")
     declared = config.get("modules_to_save")
     if declared and not any(saves(config, saved) for saved in adapter.saved):
         raise invalid("read_adapter", str(file), f"hold the modules to save {declared}", "none")
@@ -166,7 +177,7 @@ def _read_folder(folder: Path, name: str, allow_pickle: bool) -> Adapter:
 def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
     if file.suffix not in (".safetensors", ".bin"):
         raise invalid("read_adapter", "path", "be a folder, .safetensors or .bin", str(file))
-    tensors, header = _read_tensors(file, allow_pickle)
+    tensors, header, bound = read_tensors(file, allow_pickle)
     if "lora_adapter_metadata" in header:
         rule = "hold no lora_adapter_metadata (alpha in the header; save as a PEFT folder)"
         raise invalid("read_adapter", str(file), rule, "some")
@@ -186,7 +197,7 @@ def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
 
     has_alpha = bool(alphas)
     metadata = {"path": str(file), "layout": layout, "header": {"format": "pt"}}
-    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata)
+    adapter = _assemble(name, tensors, parts, scale_of, str(file), metadata, bound)
     if has_alpha and alphas:
         raise name_fault(next(iter(alphas.values())), file, "belong to LoRA factors", "none")
     # The file's own names mean nothing in the PEFT folder that would be written.
@@ -199,64 +210,16 @@ def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
 def _read_config(folder: Path) -> dict:
     file = folder / CONFIG
     if not file.exists():
-        below = next(folder.glob(f"**/{CONFIG}"), None)
+        below = next(folder.glob(f"*/{CONFIG}"), None)
         hint = f"; there is one in {below.parent}" if below else ""
         raise FileNotFoundError(f"read_adapter: {folder} holds no {CONFIG}{hint}")
-    _refuse_pointer(file)
+    refuse_pointer(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise invalid("read_adapter", str(file), "be JSON", error) from error
     check_config(config, str(file))
     return config
-
-
-def _read_tensors(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict]:
-    if not file.exists():
-        raise FileNotFoundError(f"read_adapter: {file.parent} holds no {WEIGHTS} or {PICKLE}")
-    _refuse_pointer(file)
-    if file.suffix == ".bin":
-        return _read_pickle(file, allow_pickle), {}
-    try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise invalid("read_adapter", str(file), "be a whole safetensors file", error) from error
-    if header.get(_CHECKSUM, "") not in ("", _checksum(tensors)):
-        raise invalid("read_adapter", str(file), "match its checksum", "other bytes than written")
-    return tensors, header
-
-
-def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if not allow_pickle:
-        rule = "be safetensors, or allow_pickle=True be given (torch.load with weights_only=True)"
-        raise invalid("read_adapter", str(file), rule, "a pickle")
-    try:
-        tensors = torch.load(file, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise invalid("read_adapter", str(file), "be a pickle of tensors alone", reason) from error
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-        raise invalid("read_adapter", str(file), "hold a dict of tensors", "something else")
-    return tensors
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as stream:
-        if stream.read(23) == b"version https://git-lfs":
-            raise invalid("read_adapter", str(file), "be the file itself", "a Git LFS pointer")
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    # Sums of machine words at memory speed: any flipped bit changes the total.
-    total = 0
-    for key in sorted(tensors):
-        flat = tensors[key].reshape(-1)
-        whole = flat.nbytes % 8 == 0 and flat.dim() == 1 and flat.nbytes
-        words = flat.view(torch.int64) if whole else flat.view(torch.uint8).long()
-        total = (total * 1000003 + int(words.sum())) % 2**64
-    return f"{total:016x}"
 
 
 def _assemble(
@@ -266,6 +229,7 @@ def _assemble(
     scale_of: Callable[[str, str, int], float],
     file: str,
     metadata: dict,
+    bound: float,
 ) -> Adapter:
     pairs: dict[str, dict[str, str]] = {}
     saved_keys = {}
@@ -273,18 +237,20 @@ def _assemble(
         if part.side == "saved":
             saved_keys[part.module] = key
         elif part.side != "alpha":
-            pairs.setdefault(part.module, {})[part.side] = key
+            keys = pairs.setdefault(part.module, {})
+            keys[part.side] = key
+            if parts[next(iter(keys.values()))].embedding != part.embedding:
+                raise name_fault(
+                    key, file, "be of one kind with its other factor", "an embedding's"
+                )
     if not pairs:
         raise invalid("read_adapter", file, "hold LoRA factors", f"{len(tensors)} other tensors")
     modules = {}
     for module, keys in pairs.items():
         lora_a, lora_b = _factors(tensors, keys, module, file)
         scale = scale_of(module, keys["a"], lora_a.shape[0])
-        _check_size(lora_a, lora_b, scale, keys, file)
         modules[module] = LoraFactors(lora_a, lora_b, scale, parts[keys["a"]].embedding)
-    for key in saved_keys.values():
-        if tensors[key].is_floating_point():
-            _largest(tensors[key], key, file)
+    _check_values(tensors, pairs, saved_keys.values(), modules, bound, file)
     metadata["keys"] = {module: [keys["a"], keys["b"]] for module, keys in pairs.items()}
     metadata["saved_keys"] = saved_keys
     metadata["dtypes"] = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
@@ -298,7 +264,7 @@ def _factors(tensors, keys: dict[str, str], module: str, file: str) -> tuple[Ten
             rule = f"come with lora_{side.upper()} of the same module"
             raise name_fault(keys[other], file, rule, "none")
         tensor = tensors[keys[side]]
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise name_fault(keys[side], file, "be floating-point", tensor.dtype)
         if tensor.dim() != 2:
             rule = "have two dimensions (convolutions are not supported)"
@@ -312,16 +278,25 @@ def _factors(tensors, keys: dict[str, str], module: str, file: str) -> tuple[Ten
     return lora_a, lora_b
 
 
-def _check_size(lora_a, lora_b, scale: float, keys: dict[str, str], file: str) -> None:
-    largest = [_largest(t, keys[side], file) for side, t in (("a", lora_a), ("b", lora_b))]
-    if lora_a.shape[0] * abs(scale) * largest[0] * largest[1] > _FLOAT32_MAX:
-        rule = "give an update within float32 with its lora_A and scale"
-        raise name_fault(keys["b"], file, rule, f"values up to {largest[1]:.3g}")
+def _check_values(tensors, pairs, saved_keys, modules, bound: float, file: str) -> None:
+    """Refuse non-finite values, and factors whose product leaves float32.
+
+    ``bound`` is the largest magnitude in the whole file: where it is harmless, as nearly always,
+    no tensor needs a look of its own.
+    """
+    if all(_entry_bound(part, bound, bound) <= _FLOAT32_MAX for part in modules.values()):
+        return
+    largest = {}
+    for key in [*saved_keys, *(key for keys in pairs.values() for key in keys.values())]:
+        largest[key] = magnitude(tensors[key]) if tensors[key].is_floating_point() else 0.0
+        if not largest[key] < torch.inf:
+            raise name_fault(key, file, "hold finite values", "NaN or infinity")
+    for module, keys in pairs.items():
+        sizes = [largest[keys[side]] for side in "ab"]
+        if _entry_bound(modules[module], *sizes) > _FLOAT32_MAX:
+            rule = "give an update within float32 with its lora_A and scale"
+            raise name_fault(keys["b"], file, rule, f"values up to {sizes[1]:.3g}")
 
 
-def _largest(tensor: Tensor, key: str, file: str) -> float:
-    # One pass without a temporary: a NaN or an infinity makes the largest magnitude non-finite.
-    largest = float(torch.linalg.vector_norm(tensor, torch.inf)) if tensor.numel() else 0.0
-    if not largest < float("inf"):
-        raise name_fault(key, file, "hold finite values", "NaN or infinity")
-    return largest
+def _entry_bound(part: LoraFactors, largest_a: float, largest_b: float) -> float:
+    return part.lora_a.shape[0] * abs(part.scale) * largest_a * largest_b

@@ -1,7 +1,6 @@
 """Which adapters, with which weights, for which rows: the one routing object all layers share."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from lora_fused.adapters import BASE, AdapterBank
 from lora_fused.checks import invalid, shape
 
 _OP = "Mixture"
+_LARGEST = torch.finfo(torch.float32).max
 Row = Mapping[str, float] | str | None
 
 
@@ -102,7 +102,8 @@ class Mixture:
     def top_k(cls, ids: Tensor, weights: Tensor, *, per: str = "sample") -> "Mixture":
         """From tensors: ids ``[M, J]`` (-1 = none), weights ``[M, J]`` or ``[L, M, J]``."""
         if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise invalid("Mixture.top_k", "ids", "be int32 or int64 [M, J]", shape(ids))
+            got = f"{ids.dtype} {shape(ids)}"
+            raise invalid("Mixture.top_k", "ids", "be int32 or int64 [M, J]", got)
         if weights.dim() not in (2, 3) or weights.shape[-2:] != ids.shape:
             rule = f"be {shape(ids)} like ids, or one such slice per module"
             raise invalid("Mixture.top_k", "weights", rule, shape(weights))
@@ -147,13 +148,14 @@ class Mixture:
 
 def _row(row: Row, i: int) -> list[tuple[str | None, float]]:
     if row is None or isinstance(row, str):
-        row = {row or BASE: 1.0}
+        row = {BASE if row is None else row: 1.0}
     if not isinstance(row, Mapping):
         rule = "be a dict of weights, a name or None"
         raise invalid("Mixture.rows", f"row {i}", rule, type(row).__name__)
     for name, weight in row.items():
-        if not math.isfinite(weight):
-            raise invalid("Mixture.rows", f"row {i}, weight of {name!r}", "be finite", weight)
+        if not abs(weight) <= _LARGEST:
+            rule = "be finite in float32"
+            raise invalid("Mixture.rows", f"row {i}, weight of {name!r}", rule, weight)
     return [(_name(name), float(weight)) for name, weight in row.items()]
 
 
@@ -177,7 +179,8 @@ def _per(per: str) -> str:
 def _weights(weights: Tensor) -> Tensor:
     if not weights.is_floating_point():
         raise invalid(_OP, "weights", "be floating point", weights.dtype)
+    weights = weights.float()
     # Free on a CPU; on a device it would be a sync, so a NaN there reaches the output instead.
     if weights.device.type == "cpu" and not bool(weights.detach().isfinite().all()):
-        raise invalid(_OP, "weights", "be finite", "NaN or infinity")
-    return weights.float()
+        raise invalid(_OP, "weights", "be finite in float32", "NaN or infinity")
+    return weights

@@ -247,7 +247,7 @@ def test_mixture_lora(benchmark, case, impl):
     (build,) = (c.build for c in entry.competitors if c.name == name)
     with torch.set_grad_enabled(entry.gradients):
         run = build()
-        _, fault = Gate(entry.truth(), entry.rounded()).check(run())
+        _, fault = Gate(entry.truth(), entry.rounded()).check(run(), impl == "native")
         assert not fault
         benchmark.group, benchmark.extra_info["form"] = str(case), name
         benchmark(run)

@@ -122,6 +122,14 @@ def test_a_wrong_competitor_is_named_and_not_timed():
     assert results["short"].reason == "output 0 has shape [4], not [8]"
 
 
+def test_ours_is_held_to_the_budget_and_peers_to_twice_that():
+    right = torch.ones(4)
+    gate = Gate((right.double(),), (right,))
+    within, beyond = (right + f * gate.budget[0] for f in (1.5, 2.5))
+    assert gate.check((within,), ours=True)[1] and not gate.check((within,), ours=False)[1]
+    assert gate.check((beyond,), ours=False)[1]
+
+
 def test_what_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     one = (torch.ones(1),)
     huge = Competitor("huge", lambda: pytest.fail("built"), memory=3 * 2**30)

@@ -90,18 +90,20 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
     def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
         stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
         ids, row_mixture = route.adapter_ids, route.row_mixture
-        y = embedding_update(
-            x.reshape(-1),
-            *stack.factors(),
-            stack.row_start,
-            check_route(rows, ids, weights, row_mixture, len(stack)),
-            weights,
-            stack.scale,
-            row_mixture,
-            rows,
-            stack.max_rank,
-            self.padding_idx,
-        )
+        ids = check_route(rows, ids, weights, row_mixture, len(stack))
+        with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
+            y = embedding_update(
+                x.reshape(-1),
+                *stack.factors(),
+                stack.row_start,
+                ids,
+                weights,
+                stack.scale,
+                row_mixture,
+                rows,
+                stack.max_rank,
+                self.padding_idx,
+            )
         return y.reshape(base.shape)
 
 

@@ -106,6 +106,20 @@ def test_a_router_is_traced():
         assert torch.equal(compiled(x), model(x))
 
 
+def test_attach_and_detach_reach_a_model_compiled_before():
+    model, x = Net(), tokens()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    plain = compiled(x)
+    bank = AdapterBank()
+    bank.add(adapter("a", 1, 2, ALL))
+    handle = attach(model, bank)
+    with handle.mix(Mixture.of({"a": 1.0})):
+        y = compiled(x)
+        assert torch.equal(y, model(x)) and not torch.equal(y, plain)
+    handle.detach()
+    assert torch.equal(compiled(x), plain)
+
+
 def test_inductor():
     model, handle = attached()
     compiled, x = torch.compile(model, fullgraph=True), tokens()

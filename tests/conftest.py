@@ -9,13 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 
 import hypothesis
 import torch
+from support import ROOT
 
 from lora_fused import backends
 
 hypothesis.settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("few")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -500,7 +500,7 @@ def _check_part(where: str, part: LoraFactors, module: str, sizes: dict) -> None
 
 def _finite(rows: Tensor) -> bool:
     # A finite sum settles it at memory speed, without a temporary (the infinity norm: 8 times as
-    # slow, half of what loading cost). Only a sum that overflowed needs the extremes; they keep NaN.
+    # slow, half of what loading cost). Only an overflowed sum needs the extremes; they keep NaN.
     if rows.numel() == 0 or rows.sum().isfinite():
         return True
     return all(bool(bound.isfinite()) for bound in torch.aminmax(rows))

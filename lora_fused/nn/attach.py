@@ -11,7 +11,7 @@ from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route
 from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
 from lora_fused.nn.routing import Active, Routing, Site, check_forward
-from lora_fused.nn.saved import check_saved, equip, owners, saved_rows
+from lora_fused.nn.saved import SavedLayer, check_saved, equip, owners, saved_rows
 
 _OP = "attach"
 
@@ -98,6 +98,9 @@ class Handle:
 
         A nested one overrides it. One thread at a time; after ``bank.remove`` or ``compact`` enter
         again. ValueError where the rows of a batch do not fit, naming the module.
+
+        Gradient checkpointing: call backward() inside the with block; anything else raises, but for
+        a compiled layer inside an uncompiled checkpoint, which cannot tell.
         """
         self._routing.check_bank("mix")
         check_saved_policy("mix", self.bank, self._routing.saved_modules)
@@ -135,6 +138,12 @@ class Handle:
         routing.check_attached("detach")
         if routing.active.source is not None:
             raise RuntimeError("detach: the mixture must be closed first, got one in force")
+        for layer in self._layers:
+            if type(layer).__mro__[1] not in (MixtureLayer, SavedLayer):
+                raise RuntimeError(
+                    f"detach: module {layer.lora_site.name!r} must have the class that attach gave "
+                    f"it, got {type(layer).__qualname__} (undo its parametrisation first)"
+                )
         for layer in self._layers:
             for name in ("lora_stack", "lora_saved", "lora_held"):
                 if hasattr(layer, name):

@@ -59,7 +59,11 @@ class Routing:
         self.saved_modules, self.saved = saved_modules, saved
         self.position = {name: i for i, name in enumerate(bank.modules)}
         self.attached = True
+        ids = torch.full((1, 1), -1, dtype=torch.int32, device=bank.device)
+        weights = torch.zeros(1, 1, device=bank.device)
+        self._none = Route(ids, weights, None, "sample", bank.version)
         self.active = self._idle()
+        self._open: list[Active] = []
         self._seen: list = []  # sources of forwards that a backward pass may yet recompute
         self._recomputed = False
         self._owner: int | None = None
@@ -91,14 +95,15 @@ class Routing:
                     "mix: a model must have one mixture at a time, got a second one from another "
                     "thread; use one thread, or one deepcopy of the model per thread"
                 )
-            before, self.active, self._owner = self.active, active, me
+            self._open.append(active)
+            self.active, self._owner = active, me
         try:
             yield
         finally:
             with self._lock:
-                in_order = self.active is active
-                if in_order:
-                    self.active = self._idle() if before.source is None else before
+                in_order = self._open[-1] is active
+                self._open.remove(active)
+                self.active = self._open[-1] if self._open else self._idle()
             if not in_order:
                 raise RuntimeError(
                     "mix: mixtures must be left in reverse order of entering, got another order "
@@ -145,10 +150,8 @@ class Routing:
                 self._seen.append(source)
 
     def _idle(self) -> Active:
-        device, version = self.bank.device, self.bank.version
-        ids = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-        weights = torch.zeros(1, 1, device=device)
-        return Active(None, Route(ids, weights, None, "sample", version))
+        # Of the current version, lest the next mixture be compiled anew.
+        return Active(None, self._none._replace(version=self.bank.version))
 
 
 class Site(NamedTuple):

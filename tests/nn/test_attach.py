@@ -184,13 +184,28 @@ def test_nested_mixtures_override_and_restore():
 
 
 def test_mixtures_left_out_of_order_are_loud():
-    handle = attach(Net(), bank_of())
+    model, x = Net(), tokens()
+    handle = attach(model, bank_of())
     first, second = (handle.mix(Mixture.of({name: 1.0})) for name in "ab")
     first.__enter__()
     second.__enter__()
     with pytest.raises(RuntimeError, match="reverse order"):
         first.__exit__(None, None, None)
     second.__exit__(None, None, None)
+    assert torch.equal(model(x), Net()(x))  # the one that was left does not come back
+
+
+def test_detach_refuses_a_class_that_it_did_not_give():
+    model, x = Net(), tokens()
+    handle = attach(model, bank_of())
+    torch.nn.utils.parametrize.register_parametrization(model.up, "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="'up' must have the class that attach gave it, got Par"):
+        handle.detach()
+    with handle.mix(Mixture.of({"a": 1.0})):  # nothing was undone
+        assert not torch.equal(model(x), Net()(x))
+    torch.nn.utils.parametrize.remove_parametrizations(model.up, "weight")
+    handle.detach()
+    assert torch.equal(model(x), Net()(x))
 
 
 def test_a_second_thread_is_refused():

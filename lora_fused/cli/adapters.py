@@ -8,7 +8,7 @@ import typer
 
 from lora_fused.adapters import Adapter
 from lora_fused.cli.console import Reporter, expand, print_json, stdout, table
-from lora_fused.cli.facts import Facts, facts_of, inert, non_finite, shared_initialisations
+from lora_fused.cli.facts import Facts, facts_of, inert, shared_initialisations
 
 Paths = Annotated[
     list[str],
@@ -51,8 +51,7 @@ def inspect(
                 unreadable.append({"path": str(path), "reason": reason})
             advance(1)
     _tell_apart(adapters, facts)
-    sound = [a for a, f in zip(adapters, facts, strict=True) if f.norm_range is not None]
-    groups = shared_initialisations(sound)
+    groups = shared_initialisations(adapters)
     if as_json:
         listed = [dataclasses.asdict(f) for f in facts]
         print_json({"adapters": listed, "shared_a": groups, "unreadable": unreadable})
@@ -64,12 +63,13 @@ def inspect(
 def validate(paths: Paths, allow_pickle: AllowPickle = False) -> None:
     """Print "ok" or one line per fault for each adapter; exit code 1 where there is any fault.
 
-    A fault is whatever loading refuses, a value that is not finite, or an adapter without effect.
+    A fault is whatever loading refuses (damaged or missing files, values that are not finite,
+    settings that cannot be honoured exactly, ...), or an adapter that changes nothing.
     """
     failed = False
     for path, reason in expand(paths):
         adapter, reason = _read(path, reason, allow_pickle)
-        faults = [reason] if reason else non_finite(adapter) or inert(adapter)
+        faults = [reason] if reason else inert(adapter)
         for fault in faults:
             print(f"{path}: {fault}")
         if not faults:
@@ -147,5 +147,5 @@ def _list(values: list) -> str:
     return ", ".join(f"{value:g}" for value in values) or "?"
 
 
-def _triple(values: tuple[float, float, float] | None) -> str:
-    return "-" if values is None else " / ".join(f"{value:.3g}" for value in values)
+def _triple(values: tuple[float, float, float]) -> str:
+    return " / ".join(f"{value:.3g}" for value in values)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import typer
 import typer.core
-import typer.main
 
 from lora_fused.cli import adapters, demo, info
 
@@ -40,14 +39,13 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-_typer = typer.Typer(
+app = typer.Typer(
     cls=OneLineErrors,
     add_completion=False,
     no_args_is_help=True,
     help="Run, mix, retrieve, compress and recycle many LoRA adapters on one frozen model.",
 )
-_typer.command()(info.info)
-_typer.command()(adapters.inspect)
-_typer.command()(adapters.validate)
-_typer.command()(demo.demo)
-app = typer.main.get_command(_typer)
+app.command()(info.info)
+app.command()(adapters.inspect)
+app.command()(adapters.validate)
+app.command()(demo.demo)

@@ -13,6 +13,7 @@ import queue
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -98,6 +99,7 @@ def _follow(workers, ticks, advance) -> None:
 def _worker(jobs: list, ticks) -> None:
     # An interrupt is the parent's to report; it then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # of transformers and PEFT, about their own future
     torch.set_num_threads(1)
     try:
         for task, recipe, index, folder in jobs:

@@ -1,0 +1,108 @@
+"""Errors are one line, with exit codes 1 and 2; what importing the package imports."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def fresh(code: str) -> subprocess.CompletedProcess:
+    code = textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_importing_the_package_does_not_import_the_command_line():
+    done = fresh(
+        """
+        import sys
+        import lora_fused, lora_fused.io, lora_fused.nn
+        print([m for m in ("typer", "rich", "lora_fused.cli") if m in sys.modules])
+        """
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_without_typer_the_program_says_what_to_install():
+    done = fresh(
+        """
+        import importlib.util, sys
+        real = importlib.util.find_spec
+        def without_typer(name, package=None):
+            return None if name == "typer" else real(name, package)
+        importlib.util.find_spec = without_typer
+        sys.modules["typer"] = None
+        from lora_fused.cli import main
+        main()
+        """
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.strip() == (
+        "lora-fused: typer must be installed; run: pip install 'lora-fused[cli]'"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["inspect"],
+        ["inspect", "--nonsense"],
+        ["demo", "--tasks", "nine"],
+        ["demo", "--tasks", "1"],
+        ["demo", "--model", "somewhere"],
+        ["demo", "--text", "somewhere"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(run, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("lora-fused: ")
+    assert result.stdout == ""
+
+
+def test_help_lists_the_commands(run):
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in ("info", "inspect", "validate", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("bank: name must\n  be new, got 'a'"), 1, "bank: name must be new, got 'a'"),
+        (FileNotFoundError("no such file"), 1, "no such file"),
+        (KeyError("x"), 1, "internal error at test_main.py:"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_any_error_in_a_command_is_one_line(run, monkeypatch, error, code, told):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("lora_fused.cli.info.collect", fail)
+    result = run("info")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
+def test_an_interrupted_process_shows_no_traceback():
+    done = fresh(
+        """
+        import lora_fused.cli.app, lora_fused.cli.info, sys
+        def interrupt():
+            raise KeyboardInterrupt
+        lora_fused.cli.info.collect = interrupt
+        sys.argv = ["lora-fused", "info"]
+        from lora_fused.cli import main
+        main()
+        """
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,75 @@
+"""lora-fused validate: exit codes and one line per fault."""
+
+import json
+
+import pytest
+
+
+def test_sound_adapters_give_ok_lines_and_exit_code_0(run, make_adapter):
+    folders = [make_adapter("a", 1), make_adapter("b", 2)]
+    result = run("validate", *folders)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [f"{folder}: ok" for folder in folders]
+
+
+def test_every_fault_has_its_line_and_the_exit_code_is_1(run, make_adapter, tmp_path):
+    sound, idle = make_adapter("sound", 1), make_adapter("idle", inert=True)
+    result = run("validate", tmp_path / "absent", sound, make_adapter("nan", nan=True), idle)
+    assert result.exit_code == 1
+    absent, ok, nan, inert = result.stdout.splitlines()
+    assert absent == f"{tmp_path / 'absent'}: no such file or directory"
+    assert ok == f"{sound}: ok"
+    assert "layer.0.query.lora_B.weight" in nan and "finite" in nan
+    assert "no effect" in inert
+
+
+def damage_json(folder):
+    (folder / "adapter_config.json").write_text("{ not json")
+
+
+def damage_weights(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def remove_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def ask_for_dora(folder):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+
+
+def put_a_pointer(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "adapter_model.safetensors").write_text(pointer)
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (damage_json, "adapter_config.json"),
+        (damage_weights, "adapter_model.safetensors"),
+        (remove_weights, "adapter_model"),
+        (ask_for_dora, "use_dora"),
+        (put_a_pointer, "Git LFS"),
+    ],
+)
+def test_damage_is_told_in_one_line_that_names_it(run, make_adapter, damage, word):
+    folder = make_adapter("damaged")
+    damage(folder)
+    result = run("validate", folder)
+    assert result.exit_code == 1
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(str(folder)) and word in line
+    assert result.stderr == ""
+
+
+def test_public_adapters_all_get_an_answer(run, data_dir):
+    result = run("validate", data_dir / "adapters", "--allow-pickle")
+    assert result.exit_code == 1
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 42
+    assert sum(line.endswith(": ok") for line in lines) == 40

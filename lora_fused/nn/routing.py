@@ -1,6 +1,7 @@
 """What the attached layers of one model share: the bank and the mixture in force."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from lora_fused.mixture import Route
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-class Active(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Active:
     """What the layers read in a forward.
 
     Attributes:

@@ -46,6 +46,9 @@ def check_saved(op: str, bank: AdapterBank, modules: dict[str, nn.Module]) -> di
                 if tensor.shape != own[leaf].shape:
                     rule = f"have {leaf} of the model's shape {shape(own[leaf])}"
                     raise invalid(op, what, rule, shape(tensor))
+                if tensor.is_floating_point() != own[leaf].is_floating_point():
+                    rule = f"have {leaf} of the model's kind {own[leaf].dtype}"  # quantised, say
+                    raise invalid(op, what, rule, tensor.dtype)
     return found
 
 

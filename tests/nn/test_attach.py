@@ -177,6 +177,9 @@ def test_nested_mixtures_override_and_restore():
             with pytest.raises(RuntimeError, match="must be closed first"):
                 handle.detach()
         outputs.append(model(x))
+    again = Mixture.rows(["a", "a", "a"])
+    with handle.mix(again), handle.mix(again):  # the same one, twice
+        model(x)
     with pytest.raises(KeyError), handle.mix(Mixture.of({"a": 1.0})):
         raise KeyError
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])

@@ -1,6 +1,7 @@
 """Adapters with fully trained modules: refused, ignored, or each row's own copy."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -82,17 +83,12 @@ def compare(y, rows, x):
             [{"a": 1.0}] * 2 + [None] * 2 + [{"b": 0.5}] * 2,
         ),
         (Mixture.rows([None, {"headless": 1.0}] * 3), [None, {"headless": 1.0}] * 3),
-        (Mixture.rows([None, {"headless": 1.0, "nothing": 0.0}] * 3), None),
     ],
-    ids=["mixed", "one-for-all", "repeated", "no-heads", "unknown"],
+    ids=["mixed", "one-for-all", "repeated", "no-heads"],
 )
 def test_apply_runs_each_row_with_its_own_copy(mixture, rows):
     model = Classifier()
     handle = attach(model, bank_of(), saved_modules="apply")
-    if rows is None:
-        with pytest.raises(ValueError, match="loaded adapter"):
-            handle.mix(mixture)
-        return
     x = inputs(len(rows))
     with handle.mix(mixture), torch.no_grad():
         compare(model(x), rows, x)
@@ -141,6 +137,8 @@ def test_apply_leaves_the_model_as_it_was():
     x = inputs()
     with handle.mix(Mixture.rows(ROWS)), handle_of(twin).mix(Mixture.rows(ROWS)):
         assert torch.equal(model(x), twin(x))
+    with pytest.raises(pickle.PicklingError):  # its classes are made for it
+        pickle.dumps(model)
     model.to(torch.bfloat16)
     with handle.mix(Mixture.rows(ROWS)):
         assert model(x.bfloat16()).dtype == torch.bfloat16
@@ -202,17 +200,19 @@ def test_apply_refuses_what_has_no_one_copy():
             r"have the tensors \['bias', 'weight'\], got \['weight'\]",
         ),
         (
+            lambda s: s.update({"head.2.bias": torch.ones(4, dtype=torch.int8)}),
+            r"bias of the model's kind torch.float32, got torch.int8",
+        ),
+        (
             lambda s: s.update({"head.2.bias": torch.ones(5)}),
             r"bias of the model's shape \[4\], got",
         ),
     ],
-    ids=["missing", "adapted", "root", "incomplete", "shape"],
+    ids=["missing", "adapted", "root", "incomplete", "kind", "shape"],
 )
 def test_saved_modules_that_do_not_fit_are_refused(change, match):
     one, model = make("a", 1), Classifier()
     change(one.saved)
-    with pytest.raises(
-        ValueError, match=f"attach: saved module .* of adapter 'a' must .*{match}|{match}"
-    ):
+    with pytest.raises(ValueError, match=f"attach: saved module .*{match}"):
         attach(model, bank_of(one), saved_modules="apply")
     assert type(model.proj) is nn.Linear and type(model.head[0]) is nn.Linear

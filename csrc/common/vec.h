@@ -2,7 +2,7 @@
 //
 // Included by one translation unit per instruction set, inside a namespace of its own (LF_NS), so
 // that no linker can merge bodies compiled for different CPUs. No std:: here for the same reason.
-// Lane i of an accumulator sums the same products whatever the tile, and sum() adds lanes in one
+// Lane i of an accumulator sums the same products whatever the tile, and add_sums adds lanes in one
 // fixed tree: this is what makes a row's result independent of its batch.
 #include "dtype.h"
 
@@ -38,6 +38,23 @@ static inline void from_float(float v, bf16* out) {  // to nearest, ties to even
   out->bits = uint16_t(v != v ? (bits >> 16) | 0x40u : rounded);
 }
 
+#if LF_SIMD > 0
+
+// Sums of four vectors at once, each in sum_lanes' order: (q0 + q2) + (q1 + q3).
+static inline __m128 sum_quads(__m128 a, __m128 b, __m128 c, __m128 d) {
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+static inline __m128 quads(__m256 w) {
+  return _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+}
+static inline float sum_lanes(__m128 q) {
+  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+}
+
+#endif
 #if LF_SIMD == 2
 
 struct Vec {
@@ -54,29 +71,48 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(bf16* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(bf16_bits(_mm512_castps_si512(v))));
+  }
+  void store(f16* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   void fma(Vec a, Vec b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
-  float sum() const {
-    const __m256 w = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
-    const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+  void add(Vec a) { v = _mm512_add_ps(v, a.v); }
+  __m512i bf16_bits(__m512i bits) const {  // from_float, lane by lane
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16);
+  }
+  __m128 quarters() const {
+    return quads(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
   }
 };
 
 #elif LF_SIMD == 1
 
 struct Half8 {
-  __m256 v;
   static __m256 load(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 load(const bf16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static __m256 load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-  static float sum(__m256 w) {
-    const __m128 q = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
-    const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
+  static void store(__m256 v, float* p) { _mm256_storeu_ps(p, v); }
+  static void store(__m256 v, f16* p) {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store(__m256 v, bf16* p) {  // from_float, lane by lane
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
   }
 };
 
@@ -88,9 +124,11 @@ struct Vec {
   static Vec set(float s) { return {_mm256_set1_ps(s)}; }
   template <class T>
   static Vec load(const T* p) { return {Half8::load(p)}; }
-  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  template <class T>
+  void store(T* p) const { Half8::store(v, p); }
   void fma(Vec a, Vec b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
-  float sum() const { return Half8::sum(v); }
+  void add(Vec a) { v = _mm256_add_ps(v, a.v); }
+  __m128 quarters() const { return quads(v); }
 };
 #else
 struct Vec {
@@ -100,15 +138,20 @@ struct Vec {
   static Vec set(float s) { return {_mm256_set1_ps(s), _mm256_set1_ps(s)}; }
   template <class T>
   static Vec load(const T* p) { return {Half8::load(p), Half8::load(p + 8)}; }
-  void store(float* p) const {
-    _mm256_storeu_ps(p, lo);
-    _mm256_storeu_ps(p + 8, hi);
+  template <class T>
+  void store(T* p) const {
+    Half8::store(lo, p);
+    Half8::store(hi, p + 8);
+  }
+  void add(Vec a) {
+    lo = _mm256_add_ps(lo, a.lo);
+    hi = _mm256_add_ps(hi, a.hi);
   }
   void fma(Vec a, Vec b) {
     lo = _mm256_fmadd_ps(a.lo, b.lo, lo);
     hi = _mm256_fmadd_ps(a.hi, b.hi, hi);
   }
-  float sum() const { return Half8::sum(_mm256_add_ps(lo, hi)); }
+  __m128 quarters() const { return quads(_mm256_add_ps(lo, hi)); }
 };
 #endif
 
@@ -125,7 +168,13 @@ struct Vec {
     for (int i = 0; i < 8; ++i) out.v[i] = to_float(p[i]);
     return out;
   }
-  void store(float* p) const { __builtin_memcpy(p, v, sizeof v); }
+  template <class T>
+  void store(T* p) const {
+    for (int i = 0; i < 8; ++i) from_float(v[i], p + i);
+  }
+  void add(Vec a) {
+    for (int i = 0; i < 8; ++i) v[i] += a.v[i];
+  }
   void fma(Vec a, Vec b) {
     for (int i = 0; i < 8; ++i) v[i] += a.v[i] * b.v[i];
   }
@@ -136,6 +185,24 @@ struct Vec {
 };
 
 #endif
+
+// out[c] += sum of acc[c]'s lanes, for c < C: the same additions for every C.
+template <int C>
+static inline void add_sums(const Vec* acc, float* out) {
+#if LF_SIMD > 0
+  if constexpr (C % 4 == 0) {
+    for (int c = 0; c < C; c += 4) {
+      const __m128 sums = sum_quads(acc[c].quarters(), acc[c + 1].quarters(),
+                                    acc[c + 2].quarters(), acc[c + 3].quarters());
+      _mm_storeu_ps(out + c, _mm_add_ps(_mm_loadu_ps(out + c), sums));
+    }
+  } else {
+    for (int c = 0; c < C; ++c) out[c] += sum_lanes(acc[c].quarters());
+  }
+#else
+  for (int c = 0; c < C; ++c) out[c] += acc[c].sum();
+#endif
+}
 
 // The first n lanes from memory, the others zero; n < width.
 template <class T>

@@ -2,21 +2,26 @@
 //
 // Every output element is computed by one fixed sequence of operations, whatever tile it falls in:
 // shrink sums blocks of kBlock columns lane by lane, adds the lanes, adds the blocks in order;
-// expand adds rank row after rank row. Tiles only decide which elements share loads.
+// expand sums parts of kPart rank rows of one adapter and adds part after part. Tiles only decide
+// which elements share loads.
 #include "../common/vec.h"
 #include "mixture_lora_kernels.h"
 
 namespace lora_fused {
 namespace LF_NS {
 
-constexpr int64_t kBlock = 1024;   // columns of one partial sum: 6 + 4 rows of 4 KiB stay in L1
+// Columns of one partial sum and ranks that meet it: 16 + 6 rows of 2 KiB stay in a 48 KiB L1.
+constexpr int64_t kBlock = 1024;
+constexpr int kShrinkGroup = 64;
 constexpr int kStreamRanks = 8;    // for a single row: enough independent sums to hide latency
-constexpr int kExpandDepth = 8;    // rank rows read side by side: streams a prefetcher follows
-// Tiles of 6 rows by 4 vectors fill the 32 registers of AVX-512; the others have 16.
+constexpr int kPanelDepth = 64;    // ranks of a panel of b: 16 KiB, L1 with the rows' coefficients
+constexpr int kPanelRows = 4;      // fewer rows do not repay the copy
+// AVX-512 has 32 registers, the others 16. Expand keeps a sum and a total of each element.
 constexpr int kShrinkRows = 6;
 constexpr int kShrinkRanks = LF_SIMD == 2 ? 4 : 2;
-constexpr int kExpandRows = 6;
-constexpr int kExpandVecs = LF_SIMD == 2 ? 4 : Vec::width == 16 ? 1 : 2;
+constexpr int kExpandRows = LF_SIMD == 2 ? 6 : 3;
+constexpr int kExpandVecs = LF_SIMD == 1 && Vec::width == 16 ? 1 : 2;
+constexpr int kPanelVecs = 64 / Vec::width;
 
 // ---- shrink ---------------------------------------------------------------------------------
 
@@ -48,8 +53,7 @@ static inline void shrink_tile(const float* const* x, const void* const* a, int6
       for (int c = 0; c < C; ++c) acc[i][c].fma(xv, av[c]);
     }
   }
-  for (int i = 0; i < R; ++i)
-    for (int c = 0; c < C; ++c) h[i][c0 + c] += acc[i][c].sum();
+  for (int i = 0; i < R; ++i) add_sums<C>(acc[i], h[i] + c0);
 }
 
 // As many ranks per tile as fit in registers, then halves of that.
@@ -62,15 +66,17 @@ static inline void shrink_ranks(const float* const* x, const void* const* a, int
   }
 }
 
+// Ranks [first, first + ranks) of all rows, over the columns [begin, end).
 template <class T>
-static void shrink_panel(const float* const* x, int rows, const void* const* a, int ranks,
-                         int64_t begin, int64_t end, float* const* h) {
+static void shrink_panel(const float* const* x, int rows, const void* const* a, int first,
+                         int ranks, int64_t begin, int64_t end, float* const* h) {
+  const int last = first + ranks;
   int i = 0;
   for (; i + kShrinkRows <= rows; i += kShrinkRows)
-    shrink_ranks<kShrinkRows, kShrinkRanks, T>(x + i, a, ranks, begin, end, h + i, 0);
+    shrink_ranks<kShrinkRows, kShrinkRanks, T>(x + i, a, last, begin, end, h + i, first);
   for (; i + 2 <= rows; i += 2)
-    shrink_ranks<2, 4, T>(x + i, a, ranks, begin, end, h + i, 0);
-  if (i < rows) shrink_ranks<1, kStreamRanks, T>(x + i, a, ranks, begin, end, h + i, 0);
+    shrink_ranks<2, 4, T>(x + i, a, last, begin, end, h + i, first);
+  if (i < rows) shrink_ranks<1, kStreamRanks, T>(x + i, a, last, begin, end, h + i, first);
 }
 
 template <class T>
@@ -82,12 +88,15 @@ static void shrink_typed(const float* const* x, int rows, const void* const* a, 
       const int width = ranks - c < kStreamRanks ? ranks - c : kStreamRanks;
       float* hs[2] = {h[0] + c, h[rows - 1] + c};
       for (int64_t k = 0; k < n; k += kBlock)
-        shrink_panel<T>(x, rows, a + c, width, k, k + kBlock < n ? k + kBlock : n, hs);
+        shrink_panel<T>(x, rows, a + c, 0, width, k, k + kBlock < n ? k + kBlock : n, hs);
     }
     return;
   }
   for (int64_t k = 0; k < n; k += kBlock)
-    shrink_panel<T>(x, rows, a, ranks, k, k + kBlock < n ? k + kBlock : n, h);
+    for (int c = 0; c < ranks; c += kShrinkGroup) {
+      const int width = ranks - c < kShrinkGroup ? ranks - c : kShrinkGroup;
+      shrink_panel<T>(x, rows, a, c, width, k, k + kBlock < n ? k + kBlock : n, h);
+    }
 }
 
 static void shrink(const float* const* x, int rows, const void* const* a, Dtype dtype, int ranks,
@@ -99,79 +108,135 @@ static void shrink(const float* const* x, int rows, const void* const* a, Dtype 
 
 // ---- expand ---------------------------------------------------------------------------------
 
-// R rows by C vectors in registers over the whole depth: for rows that share b.
-template <int R, int C, class T>
-static inline void expand_tile(float* const* y, const float* const* coef, const void* const* b,
-                               int64_t depth, int64_t o, int part) {
-  Vec acc[R][C];
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < C; ++v) acc[i][v] = Vec::load(y[i] + o + v * Vec::width);
-  for (int64_t p = 0; p < depth; ++p) {
-    const T* bp = static_cast<const T*>(b[p]) + o;
-    Vec bv[C];
-    for (int v = 0; v < C; ++v)
-      bv[v] = part ? load_part(bp, part) : Vec::load(bp + v * Vec::width);
-    for (int i = 0; i < R; ++i) {
-      const Vec cv = Vec::set(coef[i][p]);
-      for (int v = 0; v < C; ++v) acc[i][v].fma(cv, bv[v]);
+// A block of b, depth by kPanelVecs vectors, side by side: rank rows lie a power of two apart in
+// memory, so that in place they would fall into a few sets of the L1 cache.
+struct Panel {
+  static constexpr int columns = kPanelVecs * Vec::width;
+  float data[kPanelDepth * columns];
+
+  template <class T>
+  void load(const void* const* b, int depth, int64_t o, int n) {
+    for (int p = 0; p < depth; ++p) {
+      const T* row = static_cast<const T*>(b[p]) + o;
+      float* out = data + p * columns;
+      for (int v = 0; v < n; v += Vec::width) {
+        const Vec part = n - v < Vec::width ? load_part(row + v, n - v) : Vec::load(row + v);
+        part.store(out + v);
+      }
     }
   }
+};
+
+// R rows by C vectors in registers. Each part is summed from zero and then added: chains stay short
+// and do not depend on what else is in the panel.
+template <int R, int C>
+static inline void expand_tile(float* const* y, const float* const* coef, const float* panel,
+                               int64_t first, const int32_t* ends, int parts, int64_t o,
+                               bool fresh) {
+  const float* cs[R];
+  for (int i = 0; i < R; ++i) cs[i] = coef[i];
+  Vec total[R][C];
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < C; ++v) acc[i][v].store(y[i] + o + v * Vec::width);
+    for (int v = 0; v < C; ++v)
+      total[i][v] = fresh ? Vec::zero() : Vec::load(y[i] + o + v * Vec::width);
+  int64_t p = first;
+  for (int part = 0; part < parts; ++part) {
+    Vec acc[R][C];
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < C; ++v) acc[i][v] = Vec::zero();
+    for (; p < ends[part]; ++p, panel += Panel::columns) {
+      Vec bv[C];
+      for (int v = 0; v < C; ++v) bv[v] = Vec::load(panel + v * Vec::width);
+      for (int i = 0; i < R; ++i) {
+        const Vec cv = Vec::set(cs[i][p]);
+        for (int v = 0; v < C; ++v) acc[i][v].fma(cv, bv[v]);
+      }
+    }
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < C; ++v) total[i][v].add(acc[i][v]);
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < C; ++v) total[i][v].store(y[i] + o + v * Vec::width);
 }
 
-template <int R, class T>
-static void expand_rows(float* const* y, const float* const* coef, const void* const* b,
-                        int64_t depth, int64_t n) {
-  constexpr int64_t wide = kExpandVecs * Vec::width;
-  int64_t o = 0;
-  for (; o + wide <= n; o += wide) expand_tile<R, kExpandVecs, T>(y, coef, b, depth, o, 0);
-  for (; o + Vec::width <= n; o += Vec::width) expand_tile<R, 1, T>(y, coef, b, depth, o, 0);
-  if (o < n) expand_tile<R, 1, T>(y, coef, b, depth, o, int(n - o));
+// C vectors of columns, all rows.
+template <int C>
+static void expand_columns(float* const* y, int rows, const float* const* coef,
+                           const float* panel, int64_t first, const int32_t* ends, int parts,
+                           int64_t o, bool fresh) {
+  int i = 0;
+  for (; i + kExpandRows <= rows; i += kExpandRows)
+    expand_tile<kExpandRows, C>(y + i, coef + i, panel, first, ends, parts, o, fresh);
+  for (; i < rows; ++i) expand_tile<1, C>(y + i, coef + i, panel, first, ends, parts, o, fresh);
+}
+
+template <class T>
+static void expand_panels(float* const* y, int rows, const float* const* coef,
+                          const void* const* b, const int32_t* ends, int parts, int64_t n,
+                          bool fresh) {
+  constexpr int step = kExpandVecs * Vec::width;
+  Panel panel;
+  for (int64_t o = 0; o < n; o += Panel::columns) {
+    const int width = n - o < Panel::columns ? int(n - o) : Panel::columns;
+    int64_t first = 0;
+    for (int part = 0, next; part < parts; part = next) {  // as many parts as a panel holds
+      for (next = part + 1; next < parts && ends[next] - first <= kPanelDepth;) ++next;
+      const int depth = int(ends[next - 1] - first);
+      panel.load<T>(b + first, depth, o, width);
+      int v = 0;
+      for (; v + step <= width; v += step)
+        expand_columns<kExpandVecs>(y, rows, coef, panel.data + v, first, ends + part,
+                                    next - part, o + v, fresh && part == 0);
+      for (; v < width; v += Vec::width)
+        expand_columns<1>(y, rows, coef, panel.data + v, first, ends + part, next - part, o + v,
+                          fresh && part == 0);
+      first = ends[next - 1];
+    }
+  }
 }
 
 // One row, D rank rows at a time along their whole length: sequential reads of b.
 template <int D, class T>
-static inline void expand_streams(float* y, const float* coef, const void* const* b, int64_t n) {
+static inline void expand_streams(float* y, const float* coef, const void* const* b, int64_t n,
+                                  bool fresh) {
   const T* bs[D];
   Vec cv[D];
   for (int p = 0; p < D; ++p) {
     bs[p] = static_cast<const T*>(b[p]);
     cv[p] = Vec::set(coef[p]);
   }
-  int64_t o = 0;
-  for (; o + Vec::width <= n; o += Vec::width) {
-    Vec acc = Vec::load(y + o);
-    for (int p = 0; p < D; ++p) acc.fma(cv[p], Vec::load(bs[p] + o));
-    acc.store(y + o);
+  for (int64_t o = 0; o < n; o += Vec::width) {
+    const bool whole = o + Vec::width <= n;
+    Vec acc = Vec::zero(), total = fresh ? Vec::zero() : Vec::load(y + o);
+    for (int p = 0; p < D; ++p)
+      acc.fma(cv[p], whole ? Vec::load(bs[p] + o) : load_part(bs[p] + o, int(n - o)));
+    total.add(acc);
+    total.store(y + o);
   }
-  if (o < n) {
-    Vec acc = Vec::load(y + o);
-    for (int p = 0; p < D; ++p) acc.fma(cv[p], load_part(bs[p] + o, int(n - o)));
-    acc.store(y + o);
-  }
+}
+
+template <int D, class T>
+static void expand_part(float* y, const float* coef, const void* const* b, int depth, int64_t n,
+                        bool fresh) {
+  if (depth == D) return expand_streams<D, T>(y, coef, b, n, fresh);
+  if constexpr (D > 1) expand_part<D - 1, T>(y, coef, b, depth, n, fresh);
 }
 
 template <class T>
 static void expand_typed(float* const* y, int rows, const float* const* coef,
-                         const void* const* b, int64_t depth, int64_t n) {
-  int i = 0;
-  for (; i + kExpandRows <= rows; i += kExpandRows)
-    expand_rows<kExpandRows, T>(y + i, coef + i, b, depth, n);
-  for (; i + 3 <= rows; i += 3) expand_rows<3, T>(y + i, coef + i, b, depth, n);
-  for (; i < rows; ++i) {
-    int64_t p = 0;
-    for (; p + kExpandDepth <= depth; p += kExpandDepth)
-      expand_streams<kExpandDepth, T>(y[i], coef[i] + p, b + p, n);
-    for (; p < depth; ++p) expand_streams<1, T>(y[i], coef[i] + p, b + p, n);
-  }
+                         const void* const* b, const int32_t* ends, int parts, int64_t n,
+                         bool fresh) {
+  if (rows >= kPanelRows) return expand_panels<T>(y, rows, coef, b, ends, parts, n, fresh);
+  for (int i = 0; i < rows; ++i)
+    for (int part = 0, p = 0; part < parts; p = ends[part++])
+      expand_part<kPart, T>(y[i], coef[i] + p, b + p, ends[part] - p, n, fresh && part == 0);
 }
 
 static void expand(float* const* y, int rows, const float* const* coef, const void* const* b,
-                   Dtype dtype, int64_t depth, int64_t n) {
-  if (dtype == Dtype::f32) expand_typed<float>(y, rows, coef, b, depth, n);
-  if (dtype == Dtype::bf16) expand_typed<bf16>(y, rows, coef, b, depth, n);
-  if (dtype == Dtype::f16) expand_typed<f16>(y, rows, coef, b, depth, n);
+                   Dtype dtype, const int32_t* ends, int parts, int64_t n, bool fresh) {
+  if (dtype == Dtype::f32) expand_typed<float>(y, rows, coef, b, ends, parts, n, fresh);
+  if (dtype == Dtype::bf16) expand_typed<bf16>(y, rows, coef, b, ends, parts, n, fresh);
+  if (dtype == Dtype::f16) expand_typed<f16>(y, rows, coef, b, ends, parts, n, fresh);
 }
 
 // ---- conversion -----------------------------------------------------------------------------
@@ -198,10 +263,13 @@ template <class B, class T>
 static void store_typed(const float* y, const void* base, void* out, int64_t n) {
   const B* b = static_cast<const B*>(base);
   T* t = static_cast<T*>(out);
-  if (b == nullptr)
-    for (int64_t o = 0; o < n; ++o) from_float(y[o], t + o);
-  else
-    for (int64_t o = 0; o < n; ++o) from_float(to_float(b[o]) + y[o], t + o);
+  int64_t o = 0;
+  for (; o + Vec::width <= n; o += Vec::width) {
+    Vec sum = Vec::load(y + o);
+    if (b) sum.add(Vec::load(b + o));
+    sum.store(t + o);
+  }
+  for (; o < n; ++o) from_float(b ? y[o] + to_float(b[o]) : y[o], t + o);
 }
 
 template <class T>

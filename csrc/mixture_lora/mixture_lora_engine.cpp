@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kRowChunk = 48;   // rows of a shrink task: their block of x stays in L2
 constexpr int64_t kRankChunk = 64;  // ranks of a shrink task
-constexpr int64_t kRoom = 1 << 17;  // floats of a thread's output block: half of a 1 MiB L2
+constexpr int64_t kWidenRows = 12;  // rows that repay converting 16-bit ranks once
+constexpr int64_t kRoom = 1 << 16;  // floats of a thread's output block: 256 KiB, in L2
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -22,28 +23,33 @@ T* scratch(std::vector<T>& buffer, int64_t size) {
   return buffer.data();
 }
 
-// Pointers to ranks [first, first + n) of a group from column o on; rows whose columns are not
-// adjacent are first widened into scratch, `width` columns of them.
+// Pointers to ranks [first, first + n) of a group from column o on, and where its parts end. Rows
+// whose columns are not adjacent, and 16-bit rows that many rows will read (`widen`), are first
+// copied to float32 scratch, `width` columns of them.
 struct RankRows {
   std::vector<const void*> pointers;
   std::vector<float> widened;
+  std::vector<int32_t> ends;
   Dtype dtype;
 
   const void* const* load(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                           const Plan& plan, const Group& group, int64_t first, int64_t n,
-                          int64_t o, int64_t width) {
+                          int64_t o, int64_t width, bool widen) {
     const void** p = scratch(pointers, n);
-    const bool adjacent = side.stride_col == 1;
-    dtype = adjacent ? side.dtype : Dtype::f32;
+    const bool in_place = side.stride_col == 1 && (side.dtype == Dtype::f32 || !widen);
+    dtype = in_place ? side.dtype : Dtype::f32;
     const int64_t offset = o * side.stride_col * dtype_size(side.dtype);
-    float* copy = adjacent ? nullptr : scratch(widened, n * width);
+    float* copy = in_place ? nullptr : scratch(widened, n * width);
+    ends.clear();
     for (int64_t s = group.first; s < group.last; ++s) {
       const Segment& segment = plan.segments[s];
       const int64_t end = std::min(segment.at + segment.rank, first + n);
+      for (int64_t r = 0; r < segment.rank; r += kPart)
+        ends.push_back(int32_t(segment.at + std::min<int64_t>(r + kPart, segment.rank)));
       for (int64_t r = std::max(segment.at, first); r < end; ++r) {
         const void*& row = p[r - first];
         row = stack.at(side, segment.adapter, r - segment.at) + offset;
-        if (adjacent) continue;
+        if (in_place) continue;
         kernels.widen(row, side.dtype, side.stride_col, copy + (r - first) * width, width);
         row = copy + (r - first) * width;
       }
@@ -170,7 +176,7 @@ void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
     const Task& task = tasks[t];
     const Group& g = *task.group;
     const void* const* a = source.load(kernels, stack, side, plan, g, task.rank, task.ranks, 0,
-                                       side.columns);
+                                       side.columns, task.end - task.begin >= kWidenRows);
     const int32_t* row = plan.rows_of(g);
     const float* x[kRowChunk];
     float* out[kRowChunk];
@@ -197,6 +203,27 @@ void weigh(const Plan& plan, const Group& group, int64_t begin, int64_t end, int
   }
 }
 
+namespace {
+
+int64_t visits(const Plan& plan) {
+  int64_t rows = 0;
+  for (const Group& g : plan.groups) rows += g.rows;
+  return rows;
+}
+
+// Whether no row is in two groups: then each output element is written once, without a zeroing pass.
+bool visited_once(const Plan& plan) {
+  static thread_local std::vector<char> seen;
+  seen.assign(plan.last_row - plan.first_row, 0);
+  if (visits(plan) > int64_t(seen.size())) return false;
+  for (const Group& g : plan.groups)
+    for (int64_t p = 0; p < g.rows; ++p)
+      if (seen[plan.rows_of(g)[p]]++) return false;
+  return true;
+}
+
+}  // namespace
+
 void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
                  const Plan& plan, const float* coef, const Output& output) {
   const int64_t count = plan.last_row - plan.first_row;
@@ -206,33 +233,40 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
   const int64_t width =
       round_up(std::max<int64_t>(64, std::min(share, kRoom / count / 64 * 64)), 64);
   const int64_t blocks = (side.columns + width - 1) / width;
+  const bool once = visited_once(plan), untouched = visits(plan) < count;
+  // Float32 rows that are whole vectors are summed where they end up.
+  const bool in_place = once && output.dtype == Dtype::f32 && side.columns % kPadColumns == 0;
+  const int64_t base_size = dtype_size(output.base_dtype), size = dtype_size(output.dtype);
   parallel_tasks(std::vector<int64_t>(blocks, cost / blocks + 1), [&](int64_t t) {
     static thread_local std::vector<float> room;
     static thread_local std::vector<float*> y;
     static thread_local std::vector<const float*> c;
     static thread_local RankRows source;
     const int64_t o = t * width, n = std::min(width, side.columns - o);
-    float* acc = scratch(room, count * width);
-    for (int64_t i = 0; i < count; ++i)
-      std::memset(acc + i * width, 0, round_up(n, kPadColumns) * sizeof(float));
+    char* const first = output.out + (plan.first_row * output.columns + o) * size;
+    float* const acc = in_place ? reinterpret_cast<float*>(first) : scratch(room, count * width);
+    const int64_t stride = in_place ? output.columns : width;
+    if (!once || untouched)
+      for (int64_t i = 0; i < count; ++i)
+        std::memset(acc + i * stride, 0, round_up(n, kPadColumns) * sizeof(float));
     for (const Group& g : plan.groups) {
-      const void* const* b = source.load(kernels, stack, side, plan, g, 0, g.depth, o, n);
+      const void* const* b = source.load(kernels, stack, side, plan, g, 0, g.depth, o, n, false);
       const int32_t* row = plan.rows_of(g);
       float** ys = scratch(y, g.rows);
       const float** cs = scratch(c, g.rows);
       for (int64_t p = 0; p < g.rows; ++p) {
-        ys[p] = acc + row[p] * width;
+        ys[p] = acc + row[p] * stride;
         cs[p] = coef + g.h + p * g.depth;
       }
-      kernels.expand(ys, int(g.rows), cs, b, source.dtype, g.depth, n);
+      kernels.expand(ys, int(g.rows), cs, b, source.dtype, source.ends.data(),
+                     int(source.ends.size()), n, once);
     }
-    const int64_t base_size = dtype_size(output.base_dtype), size = dtype_size(output.dtype);
+    if (in_place && !output.base) return;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = plan.first_row + i;
       const char* base = output.base;
-      if (base) base += (row * output.base_stride + o) * base_size;
-      kernels.store(acc + i * width, base, output.base_dtype,
-                    output.out + (row * output.columns + o) * size, output.dtype, n);
+      if (base) base += ((plan.first_row + i) * output.base_stride + o) * base_size;
+      kernels.store(acc + i * stride, base, output.base_dtype, first + i * output.columns * size,
+                    output.dtype, n);
     }
   });
 }
@@ -258,12 +292,12 @@ void outer_rows(const MixtureKernels& kernels, const Stack& stack, const Plan& p
     static thread_local std::vector<float*> y;
     static thread_local std::vector<const float*> c;
     static thread_local std::vector<const void*> b;
+    static thread_local std::vector<int32_t> ends;
     const Group& g = *tasks[t].group;
     const Segment& s = *tasks[t].segment;
     const int64_t o = tasks[t].o, n = std::min(width, columns - o);
     float* acc = scratch(room, s.rank * width);
     float* by_rank = scratch(turned, s.rank * g.rows);
-    std::memset(acc, 0, s.rank * width * sizeof(float));
     const void** sources = scratch(b, g.rows);
     for (int64_t p = 0; p < g.rows; ++p) {
       sources[p] = rows.at(plan.first_row + plan.rows_of(g)[p]) + o;
@@ -276,7 +310,10 @@ void outer_rows(const MixtureKernels& kernels, const Stack& stack, const Plan& p
       ys[r] = acc + r * width;
       cs[r] = by_rank + r * g.rows;
     }
-    kernels.expand(ys, int(s.rank), cs, sources, Dtype::f32, g.rows, n);
+    ends.clear();
+    for (int64_t p = 0; p < g.rows; p += kPart)
+      ends.push_back(int32_t(std::min(p + kPart, g.rows)));
+    kernels.expand(ys, int(s.rank), cs, sources, Dtype::f32, ends.data(), int(ends.size()), n, true);
     for (int64_t r = 0; r < s.rank; ++r)
       kernels.store(ys[r], nullptr, Dtype::f32,
                     out + ((stack.first_row(s.adapter) + r) * columns + o) * dtype_size(dtype),

@@ -11,10 +11,11 @@ struct MixtureKernels {
   // h[i][c] = <x[i], a[c]> for i < rows, c < ranks, over n columns.
   void (*shrink)(const float* const* x, int rows, const void* const* a, Dtype dtype, int ranks,
                  int64_t n, float* const* h);
-  // y[i][o] += sum_p coef[i][p] * b[p][o], p ascending, for o < n. y has room for n rounded up to
-  // kPadColumns; what lies beyond n is scratch.
+  // y[i][o] += sum_p coef[i][p] * b[p][o] for o < n, part by part: part q ends before p = ends[q]
+  // and has at most kPart rows. `fresh`: y starts from zero, not from what it holds. y has room for
+  // n rounded up to kPadColumns; what lies beyond n is scratch.
   void (*expand)(float* const* y, int rows, const float* const* coef, const void* const* b,
-                 Dtype dtype, int64_t depth, int64_t n);
+                 Dtype dtype, const int32_t* ends, int parts, int64_t n, bool fresh);
   // out[o] = base[o] + y[o] in float32, rounded once; base may be null.
   void (*store)(const float* y, const void* base, Dtype base_dtype, void* out, Dtype dtype,
                 int64_t n);
@@ -23,6 +24,7 @@ struct MixtureKernels {
 };
 
 constexpr int64_t kPadColumns = 16;
+constexpr int kPart = 16;
 
 // One definition per mixture_lora_<isa>.cpp.
 namespace generic { extern const MixtureKernels mixture_kernels; }

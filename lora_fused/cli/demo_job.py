@@ -11,7 +11,15 @@ import torch
 
 from lora_fused.cli.console import Reporter
 from lora_fused.cli.demo_peft import PeftRows
-from lora_fused.cli.demo_serve import ROUNDS, MakeModel, compare, example_rows, mixed_batch, race
+from lora_fused.cli.demo_serve import (
+    ROUNDS,
+    MakeModel,
+    compare,
+    example_rows,
+    first_adapter,
+    mixed_batch,
+    race,
+)
 from lora_fused.cli.demo_tasks import Task, load_tasks, model_path
 from lora_fused.cli.demo_train import Recipe, embed, encode, load_model, train_all
 from lora_fused.io import find_adapters, load_adapters, read_adapter
@@ -43,8 +51,8 @@ def packaged_job(
     labels = {t.name: embed_labels(model, tokenizer, t, recipe.max_length) for t in tasks}
     handle = _attach(model, folders, reporter)
     accuracies = _accuracies(handle, tokenizer, tasks, labels, recipe.max_length, reporter)
-    # The texts of a row's first adapter's own task, so that the rows are not all of one kind.
-    texts = [tasks[i % count].test[i // count][0] for i in range(MIXED_ROWS)]
+    # A row's text is one of the task of its first adapter.
+    texts = [tasks[first_adapter(i) % count].test[i][0] for i in range(MIXED_ROWS)]
     tokens = encode(tokenizer, texts, recipe.max_length)
 
     def make_model(dtype: torch.dtype):

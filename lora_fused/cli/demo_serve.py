@@ -16,6 +16,7 @@ from lora_fused.nn import Handle
 
 ROUNDS = 7
 MANY = 24  # adapters loaded for the second half of the race
+KINDS = 6  # of rows, see example_rows
 UNIFORM_OVER = 8  # at most so many adapters in a row's uniform mixture
 
 MakeModel = Callable[[torch.dtype], nn.Module]
@@ -25,7 +26,7 @@ def example_rows(names: list[str], count: int) -> list[Row]:
     """Rows that use no adapter, one, and weighted sets of several, negative weights included."""
     rows = []
     for i in range(count):
-        a, b, c, d = (names[(i + j) % len(names)] for j in range(4))
+        a, b, c, d = (names[(first_adapter(i) + j) % len(names)] for j in range(4))
         some = names[:UNIFORM_OVER]
         kinds = (
             None,
@@ -35,8 +36,13 @@ def example_rows(names: list[str], count: int) -> list[Row]:
             dict.fromkeys(some, 1.0 / len(some)),
             {a: 0.5, b: 0.3, c: 0.4, d: -0.2},
         )
-        rows.append(kinds[(i + i // len(names)) % len(kinds)])
+        rows.append(kinds[i % KINDS])
     return rows
+
+
+def first_adapter(i: int) -> int:
+    """Row i's first adapter, modulo their number: in time every one meets every kind of row."""
+    return i + i // KINDS
 
 
 @torch.no_grad()

@@ -85,10 +85,7 @@ def load_tasks(count: int, seed: int) -> list[Task]:
 def _task(name: str, folder: Path, seed: int) -> Task:
     labels = LABELS[name]
     classes = {cls: i for i, cls in enumerate(labels)}
-    train, test = (
-        [(text, classes[cls]) for cls, text in rows if cls in classes]
-        for rows in _splits(name, folder)
-    )
+    train, test = ([(text, classes[cls]) for cls, text in rows] for rows in _splits(name, folder))
     shuffled = random.Random(f"{seed} {name}")  # a string seed is the same in every process
     train = _distinct(train, shuffled, TRAIN_ROWS, seen=set())
     seen = {_normal(text) for text, _ in train}
@@ -106,14 +103,16 @@ def _splits(name: str, folder: Path) -> tuple[list, list]:
         ]
         return [row for i, row in enumerate(rows) if i % 5], rows[::5]
     stem = "reuters-r8" if name == "reuters" else "20newsgroups"
-    return tuple(
-        [
-            (row["Category"], text)
-            for row in _read(folder / f"{stem}-{split}.tab")
-            if (text := row["Text"] if name == "reuters" else _body(row["Text"], row["Category"]))
-        ]
-        for split in ("train", "test")
-    )
+    return tuple(list(_labelled(name, folder / f"{stem}-{part}.tab")) for part in ("train", "test"))
+
+
+def _labelled(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    for row in _read(path):
+        group, text = row["Category"], row["Text"]
+        if group in LABELS[name]:
+            text = text if name == "reuters" else _body(text, group)
+            if text:
+                yield group, text
 
 
 def _read(path: Path) -> Iterator[dict[str, str]]:
@@ -142,7 +141,9 @@ def _distinct(rows: list, shuffled: random.Random, cap: int, seen: set[str]) -> 
     kept, seen = [], set(seen)
     for text, label in rows:
         key = _normal(text)
-        if key not in seen and len(kept) < cap:
+        if len(kept) == cap:
+            break
+        if key not in seen:
             seen.add(key)
             kept.append((text, label))
     return kept

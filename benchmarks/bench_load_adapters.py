@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_fused import Adapter, LoraFactors
 from lora_fused.io import load_adapters, write_adapter
@@ -35,7 +36,10 @@ def folders(tmp_path_factory):
             for name, size_in, size_out in LINEARS:
                 a, b = (torch.randn(RANK, n, generator=generator) for n in (size_in, size_out))
                 modules[f"model.layers.{layer}.{name}"] = LoraFactors(a, b, 2.0)
-        write_adapter(Adapter(f"adapter{number:02}", modules), root / f"adapter{number:02}")
+        folder = root / f"adapter{number:02}"
+        write_adapter(Adapter(folder.name, modules), folder)
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file), file)  # as PEFT writes it, without a checksum to verify
     return sorted(root.iterdir())
 
 

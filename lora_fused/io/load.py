@@ -1,9 +1,11 @@
 """Many adapters at once: finding them, and loading them into one bank, all or none."""
 
+import contextlib
+import gc
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,10 +55,11 @@ def load_adapters(
         raise invalid("load_adapters", "dtype", f"be that of the bank ({bank.dtype})", dtype)
     names = _names(found, names, bank)
     adapters = []
-    for done, (path, name) in enumerate(zip(found, names, strict=True), 1):
-        adapters.append(read_adapter(path, name=name, allow_pickle=allow_pickle))
-        if on_progress is not None:
-            on_progress(done, len(found))
+    with _garbage_collection_off():
+        for done, (path, name) in enumerate(zip(found, names, strict=True), 1):
+            adapters.append(read_adapter(path, name=name, allow_pickle=allow_pickle))
+            if on_progress is not None:
+                on_progress(done, len(found))
     bank = AdapterBank(dtype=dtype) if bank is None else bank
     _check_sizes(adapters, bank)
     try:
@@ -85,6 +88,19 @@ def find_adapters(path: str | os.PathLike) -> list[Path]:
         here = [Path(folder)] if _is_adapter(Path(folder)) else [Path(folder, f) for f in files]
         found += [p for p in here if not p.name.startswith(".") and _is_adapter(p)]
     return sorted(found)
+
+
+@contextlib.contextmanager
+def _garbage_collection_off() -> Iterator[None]:
+    # Thousands of new objects, none of them garbage, make the collector walk the whole process:
+    # 60 of 300 ms for 64 adapters.
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _is_adapter(path: Path) -> bool:

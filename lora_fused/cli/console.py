@@ -3,6 +3,7 @@
 import glob
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,9 @@ class Reporter:
         """Yield a function that advances the bar (or, without a terminal, does nothing)."""
         if self.quiet or not self.console.is_terminal:
             self.say(f"{label} ...")
+            start = time.perf_counter()
             yield lambda steps=1: None
+            self.say(f"{label}: {time.perf_counter() - start:.1f} s")
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:

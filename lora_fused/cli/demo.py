@@ -1,10 +1,10 @@
 """``lora-fused demo``: the main job on real input, packaged or the user's own."""
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from lora_fused.cli.console import Reporter, print_json, stdout, table
@@ -25,7 +25,7 @@ def demo(
         Path, typer.Option(metavar="DIR", help="Where trained adapters are kept.")
     ] = Path(".cache/demo"),
     tasks: Annotated[int, typer.Option(min=2, max=6, help="How many of the text tasks.")] = 6,
-    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of an adapter.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of an adapter.")] = 3,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")
     ] = None,
@@ -45,7 +45,7 @@ def demo(
     from lora_fused.cli.demo_job import own_job, packaged_job
 
     start = time.perf_counter()
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or torch.get_num_threads()
     reporter = Reporter(quiet)
     if model is not None:
         result = own_job(adapters, model, text, seed, threads, reporter)

@@ -30,7 +30,6 @@ MIXED_ROWS, TIMED_ROWS = 36, 16
 OWN_LENGTH = 32  # tokens of a row of the user's model
 AUTO_CLASS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
@@ -182,7 +181,10 @@ def _own_tokens(model, path: Path, text: Path | None, seed: int) -> dict[str, to
     if text is None:
         generator = torch.Generator().manual_seed(seed)
         size = (MIXED_ROWS, OWN_LENGTH)
-        ids = torch.randint(model.config.vocab_size, size, generator=generator)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        if vocabulary is None:
+            raise ValueError(f"demo: --model must read tokens, got {type(model).__name__}")
+        ids = torch.randint(vocabulary, size, generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:

@@ -82,7 +82,8 @@ def compare(
     worst = dict.fromkeys(("to_peft", "error", "peft_error", "effect", "largest"), 0.0)
     for i, row in enumerate(rows):
         alone = {name: t[i : i + 1] for name, t in tokens.items()}
-        keep = alone["attention_mask"].bool()
+        # A classifier's logits have no token axis.
+        keep = alone["attention_mask"].bool() if mixed.dim() == 3 else slice(None)
         actual, competitor = mixed[i : i + 1][keep], peft.weighted(alone, row)[keep]
         exact, base = truth.weighted(alone, row)[keep], truth.base(alone)[keep]
         seen = {
@@ -109,7 +110,7 @@ class Timing:
     how: str
     loaded: int
     milliseconds: float
-    ratio: float = 0.0
+    ratio: float
 
 
 def race(

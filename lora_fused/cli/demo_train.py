@@ -12,7 +12,6 @@ import os
 import queue
 import shutil
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Recipe:
     alpha: int = 16
     learning_rate: float = 2e-3
     batch: int = 32
-    max_length: int = 40
+    max_length: int = 32
     temperature: float = 0.05
     targets: tuple[str, ...] = TARGETS
 
@@ -83,10 +82,14 @@ def train_all(
 
 
 def _follow(workers, ticks, advance) -> None:
-    while any(worker.is_alive() for worker in workers):
+    """Advance by every step that the workers report; raise what they fail with."""
+    while True:
+        running = any(worker.is_alive() for worker in workers)
         try:
             message = ticks.get(timeout=0.2)
         except queue.Empty:
+            if not running:  # asked before the queue, so nothing can have come since
+                break
             continue
         if message is not None:
             raise RuntimeError(message)
@@ -106,7 +109,6 @@ def _worker(jobs: list, ticks) -> None:
             train(task, recipe, index, Path(folder), lambda: ticks.put(None))
     except Exception as error:
         ticks.put(f"demo: training of {task.name!r} failed: {type(error).__name__}: {error}")
-        sys.exit(0)
 
 
 def train(task: Task, recipe: Recipe, index: int, folder: Path, tick) -> None:

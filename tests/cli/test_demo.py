@@ -9,7 +9,8 @@ import torch
 from lora_fused.cli import demo_tasks
 from lora_fused.cli.demo_peft import PeftRows, groups
 from lora_fused.cli.demo_serve import compare, example_rows, mixed_batch
-from lora_fused.io import load_adapters
+from lora_fused.cli.facts import shared_initialisations
+from lora_fused.io import load_adapters, read_adapter
 from lora_fused.nn import attach
 
 transformers = pytest.importorskip("transformers")
@@ -37,6 +38,63 @@ def tiny(tmp_path):
         model = peft.get_peft_model(tiny_model(), config)
         model.save_pretrained(tmp_path / "adapters" / f"run.{seed}")
     return tmp_path
+
+
+@pytest.fixture
+def tiny_tasks(tmp_path, monkeypatch):
+    """The packaged mode with the tiny BERT, a tokenizer of 45 words and two tasks of 40 texts."""
+    words = [f"w{i}" for i in range(45)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join([*special, *words]))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "model")
+    draw = random.Random(0)
+    rows = [(" ".join(draw.sample(words, 6)), i % 2) for i in range(80)]
+    tasks = [
+        demo_tasks.Task(name, ("w1", "w2"), tuple(rows[:40]), tuple(rows[40:]))
+        for name in ("one", "two")
+    ]
+    monkeypatch.setattr("lora_fused.cli.demo_job.model_path", lambda: tmp_path / "model")
+    monkeypatch.setattr("lora_fused.cli.demo_job.load_tasks", lambda count, seed: tasks[:count])
+    return tmp_path
+
+
+def test_the_packaged_mode_trains_once_and_scores(run, tiny_tasks):
+    options = ("--cache", tiny_tasks / "cache", "--tasks", 2, "--epochs", 1, "--threads", 1)
+    first = run("demo", *options, "--json", "-q")
+    assert first.exit_code == 0, first.stderr
+    told = json.loads(first.stdout)
+    assert told["trained"] == 2 and told["difference"]["within"]
+    assert [scored["task"] for scored in told["accuracy"]] == ["one", "two"]
+    for scored in told["accuracy"]:
+        assert all(0 <= scored[kind] <= 1 for kind in ("base", "own", "uniform"))
+    # Other seeds, hence no random A in common.
+    one, two = sorted((tiny_tasks / "cache").iterdir())
+    assert shared_initialisations([read_adapter(one), read_adapter(two)]) == []
+    second = run("demo", *options)
+    assert second.exit_code == 0, second.stderr
+    assert "0 adapters trained now" in second.stdout
+    assert "uniform mixture" in second.stdout
+    assert "training" not in second.stderr
+
+
+def test_a_failure_in_training_is_one_line(run, tiny_tasks):
+    (tiny_tasks / "model" / "config.json").write_text("{ damaged")
+    options = ("--cache", tiny_tasks / "cache", "--tasks", 2, "--threads", 1, "-q")
+    result = run("demo", *options)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("lora-fused: demo: training of 'one' failed")
+    assert list((tiny_tasks / "cache").iterdir()) == []
+
+
+def test_lines_of_a_text_in_place_of_random_tokens(run, tiny_tasks, tiny):
+    (tiny / "text.txt").write_text("w1 w2 w3\n\nw4\n")
+    options = ("--adapters", tiny / "adapters", "--model", tiny / "model", "--threads", 1)
+    told = json.loads(run("demo", *options, "--text", tiny / "text.txt", "--json", "-q").stdout)
+    assert told["timing"]["tokens"] == 5  # [CLS] w1 w2 w3 [SEP]
+    assert told["difference"]["within"]
 
 
 def test_the_users_own_model_and_adapters(run, tiny, monkeypatch):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
-from lora_fused.io.peft import CONFIG, PICKLE, WEIGHTS, read_adapter
+from lora_fused.io.peft import CONFIG, PICKLE, WEIGHTS, default_name, read_adapter
 
 Paths = str | os.PathLike | Iterable[str | os.PathLike]
 
@@ -142,7 +142,7 @@ def _read_list(file: Path) -> list[Path]:
 
 def _names(found: list[Path], names: Sequence[str] | None, bank: AdapterBank | None) -> list[str]:
     if names is None:
-        names = [p.stem if p.is_file() else p.resolve().name for p in found]
+        names = [default_name(path) for path in found]
     elif isinstance(names, str) or len(names) != len(found):
         rule = f"be a list of {len(found)}, one per adapter"
         raise invalid("load_adapters", "names", rule, repr(names))

@@ -56,11 +56,22 @@ def read_adapter(
         raise FileNotFoundError(
             f"read_adapter: no such file or folder: {path} (hubs are not asked)"
         )
-    if path.is_file() and path.name in (WEIGHTS, PICKLE) and (path.parent / CONFIG).exists():
-        path = path.parent
-    if path.is_file():
-        return _read_single(path, name or path.stem, allow_pickle)
-    return _read_folder(path, name or path.resolve().name, allow_pickle)
+    folder = path.parent if _is_weights_of_folder(path) else path
+    name = name or default_name(path)
+    if folder.is_file():
+        return _read_single(folder, name, allow_pickle)
+    return _read_folder(folder, name, allow_pickle)
+
+
+def default_name(path: Path) -> str:
+    """The folder's name; of a file that stands alone, its name without the suffix."""
+    if path.is_file() and not _is_weights_of_folder(path):
+        return path.stem
+    return (path.parent if path.is_file() else path).resolve().name
+
+
+def _is_weights_of_folder(path: Path) -> bool:
+    return path.is_file() and path.name in (WEIGHTS, PICKLE) and (path.parent / CONFIG).exists()
 
 
 def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bool = False) -> None:

@@ -114,6 +114,8 @@ class Mixture:
         if times < 1:
             raise invalid("Mixture.repeat", "times", "be at least 1", times)
         rows = self.row_mixture
+        if len(self) == 1:
+            return self  # a single row fits any input already
         if rows is None:
             rows = torch.arange(len(self.adapters), dtype=torch.int32, device=self.weights.device)
         return dataclasses.replace(self, row_mixture=rows.repeat_interleave(times))

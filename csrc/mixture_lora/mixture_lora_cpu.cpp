@@ -65,6 +65,10 @@ Side side_of(const Tensor& t, const char* name) {
           packed ? 0 : t.stride(0), t.stride(last - 1), t.stride(last)};
 }
 
+void require(bool fits, const char* what) {
+  STD_TORCH_CHECK(fits, "mixture_lora: ", what, " must fit the other arguments");
+}
+
 // The arguments that forward and backward share, and what keeps their memory alive.
 struct Call {
   OptionalTensor row_start, ranks, scale, row_mixture;
@@ -78,24 +82,31 @@ struct Call {
       : row_start(contiguous(start)), ranks(contiguous(slot_ranks)), scale(contiguous(scale_k)),
         row_mixture(contiguous(row_mixture_s)), ids(torch::stable::contiguous(adapter_ids)),
         weights(torch::stable::contiguous(weights_mj)) {
-    const bool ints = ids.scalar_type() == ScalarType::Int &&
-                      (!row_start || row_start->scalar_type() == ScalarType::Int) &&
-                      (!ranks || ranks->scalar_type() == ScalarType::Int) &&
-                      (!row_mixture || row_mixture->scalar_type() == ScalarType::Int);
-    STD_TORCH_CHECK(ints, "mixture_lora: row_start, ranks, adapter_ids, row_mixture must be int32");
-    const bool floats = weights.scalar_type() == ScalarType::Float &&
-                        (!scale || scale->scalar_type() == ScalarType::Float);
-    STD_TORCH_CHECK(floats, "mixture_lora: weights and scale must be float32");
+    // Everything that a wrong value of could read or write out of bounds. api.py explains what was
+    // wrong, argument by argument, once one of these has failed.
+    const auto sized = [](const OptionalTensor& t, ScalarType dtype, int64_t size) {
+      return !t || (t->dim() == 1 && t->scalar_type() == dtype && t->size(0) == size);
+    };
+    const bool packed = row_start.has_value();
+    const int64_t dims = packed ? 2 : 3;
+    require(x.dim() == 2 && lora_a.dim() == dims && lora_b.dim() == dims, "dimensions");
+    require(packed ? row_start->dim() == 1 && row_start->size(0) > 0 && !ranks : true, "row_start");
+    const int64_t count = packed ? row_start->size(0) - 1 : lora_a.size(0);
     stack = {side_of(lora_a, "lora_a"), side_of(lora_b, "lora_b"),
              pointer<int32_t>(row_start), pointer<int32_t>(ranks),
-             row_start ? row_start->size(0) - 1 : lora_a.size(0), lora_a.size(0),
-             row_start ? 0 : lora_a.size(1)};
+             count, lora_a.size(0), packed ? 0 : lora_a.size(1)};
+    require(stack.a.columns == x.size(1) && stack.a.dtype == stack.b.dtype &&
+            lora_a.size(0) == lora_b.size(0) && (packed || lora_a.size(1) == lora_b.size(1)),
+            "lora_a and lora_b");
+    require(sized(row_start, ScalarType::Int, count + 1) && sized(ranks, ScalarType::Int, count),
+            "row_start and ranks");
+    require(sized(scale, ScalarType::Float, count), "scale");
+    require(ids.dim() == 2 && ids.scalar_type() == ScalarType::Int, "adapter_ids");
+    require(weights.dim() == 2 && weights.scalar_type() == ScalarType::Float &&
+            weights.size(0) == ids.size(0) && weights.size(1) == ids.size(1), "weights");
     const int64_t groups = row_mixture ? row_mixture->size(0) : ids.size(0);
-    STD_TORCH_CHECK(x.size(1) == stack.a.columns && lora_b.dim() == lora_a.dim() &&
-                        lora_b.size(0) == lora_a.size(0) && stack.b.dtype == stack.a.dtype,
-                    "mixture_lora: lora_a and lora_b must fit x and each other");
-    STD_TORCH_CHECK(groups ? x.size(0) % groups == 0 : x.size(0) == 0,
-                    "mixture_lora: mixtures must divide the rows of x, got ", groups);
+    require(sized(row_mixture, ScalarType::Int, groups), "row_mixture");
+    require(groups ? x.size(0) % groups == 0 : x.size(0) == 0, "the number of mixtures");
     route = {static_cast<const int32_t*>(ids.const_data_ptr()),
              static_cast<const float*>(weights.const_data_ptr()), pointer<float>(scale),
              pointer<int32_t>(row_mixture), ids.size(0), ids.size(1), groups, x.size(0)};
@@ -132,6 +143,7 @@ Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
   const MixtureKernels& kernels = kernels_in_use();
   const Call call(x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture);
   const int64_t rows = x.size(0), columns = call.stack.b.columns;
+  require(!base || (base->dim() == 2 && base->size(0) == rows && base->size(1) == columns), "base");
   Tensor y = torch::stable::new_empty(base ? *base : x, {rows, columns});
   Output output = {nullptr, Dtype::f32, 0, static_cast<char*>(y.mutable_data_ptr()),
                    dtype_of(y, "base"), columns};
@@ -192,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const MixtureKernels& kernels = kernels_in_use();
   const Call call(x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture);
   const Stack& stack = call.stack;
+  require(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == stack.b.columns, "grad");
   const bool need_x = needs & 1, need_a = needs & 2, need_b = needs & 4;
   const bool need_weights = needs & 8, need_scale = needs & 16;
   std::vector<float> x_copy, grad_copy, h, q;

@@ -76,19 +76,21 @@ def mixture_lora(
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
     wide = any(t is not None and t.dtype == torch.float64 for t in (x, lora_a, base))
     name = choose(contract.OP, impl, x.device, torch.float64 if wide else x.dtype)
-    count = contract.check_stack(x, lora_a, lora_b, row_start, ranks, scale, name)
-    x_ni = x.reshape(-1, x.shape[-1])
-    adapter_ids = contract.check_route(x_ni, adapter_ids, weights, row_mixture, count)
-    out_shape = (*x.shape[:-1], lora_b.shape[-1])
-    if base is not None:
-        base = contract.check_base(base, x, out_shape, name).reshape(-1, out_shape[-1])
-    # Read as float32; as float64 where x is, so that the reference can serve as the truth.
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights, scale = weights.to(compute), scale if scale is None else scale.to(compute)
-    args = (x_ni, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    at_once = name == "native" and not torch.compiler.is_compiling()
+    # A foreign device (meta, say) would send the call past the CPU kernel and its checks.
+    if at_once and all(t is None or t.device == x.device for t in args):
+        # The kernel refuses what does not fit; only then is it worth 10 us to find out what.
+        try:
+            y = registration.forward(*contract.flatten(x, *args))
+        except (RuntimeError, IndexError):
+            contract.check(x, *args, name)
+            raise
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+    contract.check(x, *args, name)
+    flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
     if name == "native":
-        y = registration.forward(*args)
-    else:
-        with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
-            y = reference.forward(*args, max_rank=contract.rank_bound(row_start, max_rank))
+        return registration.forward(*flat).reshape(out_shape)
+    with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
+        y = reference.forward(*flat, max_rank=contract.rank_bound(row_start, max_rank))
     return y.reshape(out_shape)

@@ -1,5 +1,7 @@
 """What mixture_lora asks of its arguments: shapes always, values where reading them is free."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,32 @@ from lora_fused.checks import invalid, shape
 
 OP = "mixture_lora"
 STORAGE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base, name: str
+) -> None:
+    """Raise the ValueError that names the first argument which does not fit; None if all do."""
+    count = check_stack(x, lora_a, lora_b, row_start, ranks, scale, name)
+    check_route(x, adapter_ids, weights, row_mixture, count)
+    if base is not None:
+        check_base(base, x, (*x.shape[:-1], lora_b.shape[-1]), name)
+
+
+def flatten(
+    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
+) -> tuple:
+    """The arguments as the implementations take them: rows [N, I], ids int32, weights float32."""
+    if adapter_ids.dtype == torch.int64:  # a plain cast could wrap into a valid id
+        adapter_ids = adapter_ids.clamp(-(2**31), 2**31 - 1).int()
+    # Read as float32; as float64 where x is, so that the reference can serve as the truth.
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights, scale = _read_as(weights, compute), _read_as(scale, compute)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    if base is not None and base.dim() != 2:
+        base = base.reshape(-1, base.shape[-1])
+    return x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
 
 
 def check_stack(x, lora_a, lora_b, row_start, ranks, scale, name: str) -> int:
@@ -36,39 +64,35 @@ def check_stack(x, lora_a, lora_b, row_start, ranks, scale, name: str) -> int:
     return count
 
 
-def check_route(x_ni, adapter_ids, weights, row_mixture, count: int) -> Tensor:
-    """Check the routing against x [N, I]; return the ids as int32."""
+def check_route(x, adapter_ids, weights, row_mixture, count: int) -> None:
+    """Check the routing against the rows of x [..., I] and the number of adapters."""
     if adapter_ids.dim() != 2 or adapter_ids.dtype not in (torch.int32, torch.int64):
         raise invalid(OP, "adapter_ids", "be int32 or int64 [M, J]", _what(adapter_ids))
     if weights.shape != adapter_ids.shape or not weights.is_floating_point():
         rule = f"be floating point {shape(adapter_ids)} like adapter_ids"
         raise invalid(OP, "weights", rule, _what(weights))
-    mixtures, rows = adapter_ids.shape[0], x_ni.shape[0]
+    mixtures, rows = adapter_ids.shape[0], math.prod(x.shape[:-1])
     if row_mixture is not None and (row_mixture.dim() != 1 or row_mixture.dtype != torch.int32):
         raise invalid(OP, "row_mixture", "be int32 [S]", _what(row_mixture))
     label = "adapter_ids" if row_mixture is None else "row_mixture"
     groups = mixtures if row_mixture is None else row_mixture.shape[0]
     if rows % groups if groups else rows:
         raise invalid(OP, label, f"have a first size that divides the {rows} rows of x", groups)
-    _check_device(x_ni.device, adapter_ids=adapter_ids, weights=weights, row_mixture=row_mixture)
+    _check_device(x.device, adapter_ids=adapter_ids, weights=weights, row_mixture=row_mixture)
     # A device tensor is not read (that would be a sync); a traced one cannot be.
     if adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range("adapter_ids", adapter_ids, -1, count)
         if row_mixture is not None:
             _check_range("row_mixture", row_mixture, 0, mixtures)
-    elif adapter_ids.dtype == torch.int64:  # a plain cast could wrap into a valid id
-        adapter_ids = adapter_ids.clamp(-1, 2**31 - 1)
-    return adapter_ids.int()
 
 
-def check_base(base: Tensor, x: Tensor, out_shape: tuple, name: str) -> Tensor:
+def check_base(base: Tensor, x: Tensor, out_shape: tuple, name: str) -> None:
     """Check the frozen layer's output against the shape of the update."""
     stored = _stored(name)
     if base.shape != out_shape or base.dtype not in stored:
         rule = f"be {list(out_shape)} of {_dtypes(stored)} for impl {name!r}"
         raise invalid(OP, "base", rule, _what(base))
     _check_device(x.device, base=base)
-    return base
 
 
 def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
@@ -81,6 +105,10 @@ def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
             raise invalid(OP, "max_rank", f"be at least the largest rank, {largest}", max_rank)
         return largest
     return max_rank
+
+
+def _read_as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t.to(dtype) if t is not None and t.is_floating_point() else t
 
 
 def _stored(name: str) -> tuple:

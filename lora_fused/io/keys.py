@@ -82,9 +82,9 @@ def parse_peft(keys: list[str], file: str) -> dict[str, Part]:
 
 
 def _saved_path(path: str, adapter: str | None, key: str, file: str) -> str:
-    tail = ".".join(path.split(".")[-3:])
+    tail = ".".join(["", *path.split(".")[-3:]])
     for word, what in _REFUSED.items():
-        if word in tail:
+        if f".{word}" in tail:
             raise name_fault(key, file, "be a plain LoRA factor or a saved module's tensor", what)
     # "head.modules_to_save.default.weight" -> "head.weight"; "embed.base_layer.weight" likewise.
     if adapter is not None:

@@ -56,11 +56,13 @@ def read_adapter(
         raise FileNotFoundError(
             f"read_adapter: no such file or folder: {path} (hubs are not asked)"
         )
-    folder = path.parent if _is_weights_of_folder(path) else path
     name = name or default_name(path)
-    if folder.is_file():
-        return _read_single(folder, name, allow_pickle)
-    return _read_folder(folder, name, allow_pickle)
+    if _is_weights_of_folder(path):
+        return _read_folder(path.parent, path, name, allow_pickle)
+    if path.is_file():
+        return _read_single(path, name, allow_pickle)
+    weights = path / (WEIGHTS if (path / WEIGHTS).exists() else PICKLE)
+    return _read_folder(path, weights, name, allow_pickle)
 
 
 def default_name(path: Path) -> str:
@@ -90,7 +92,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
         FileExistsError: the folder exists.
         ValueError: nothing to write, or a scale that no config can express.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     if path.exists() and (path.is_file() or any(path.iterdir())):
         if not (path / CONFIG).is_file():
             raise FileExistsError(f"write_adapter: {path} exists and is not an adapter folder")
@@ -152,11 +154,8 @@ def _in_dtype(tensor: Tensor, name: str | None) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _read_folder(folder: Path, name: str, allow_pickle: bool) -> Adapter:
+def _read_folder(folder: Path, file: Path, name: str, allow_pickle: bool) -> Adapter:
     config, where = _read_config(folder), str(folder / CONFIG)
-    file = folder / WEIGHTS
-    if not file.exists():
-        file = folder / PICKLE
     if not file.exists():
         raise FileNotFoundError(f"read_adapter: {folder} holds no {WEIGHTS} or {PICKLE}")
     tensors, header, bound = read_tensors(file, allow_pickle)
@@ -201,9 +200,10 @@ def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
             return 1.0
         if module not in alphas:
             raise name_fault(key, file, "have an alpha as other modules have", "none")
-        alpha = tensors[alphas.pop(module)]
+        alpha_key = alphas.pop(module)
+        alpha = tensors[alpha_key]
         if alpha.numel() != 1 or not 0 < abs(float(alpha)) < float("inf"):
-            raise name_fault(f"{module}.alpha", file, "be a finite number other than 0", alpha)
+            raise name_fault(alpha_key, file, "be a finite number other than 0", alpha.tolist())
         return float(alpha) / rank
 
     has_alpha = bool(alphas)

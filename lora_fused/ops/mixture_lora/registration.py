@@ -27,6 +27,10 @@ torch.library.define(
 def _fwd_fake(
     x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
 ) -> Tensor:
+    tensors = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    if any(t is not None and t.device != x.device for t in tensors):
+        # One meta tensor sends a call of CPU tensors here, past the kernel and its checks.
+        raise RuntimeError("mixture_lora: all tensors must be on the device of x")
     dtype = x.dtype if base is None else base.dtype
     return x.new_empty(x.shape[0], lora_b.shape[-1], dtype=dtype)
 
@@ -75,8 +79,12 @@ class MixtureLoraFunction(torch.autograd.Function):
         return x, lora_a, lora_b, None, None, None, weights, scale, None, base
 
 
-def forward(*args: Tensor | None) -> Tensor:
+def forward(
+    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
+) -> Tensor:
     """Run the native operator, through autograd only where a gradient is wanted."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+    args = (x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    differentiable = (x, lora_a, lora_b, weights, scale, base)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return MixtureLoraFunction.apply(*args)
     return torch.ops.lora_fused.mixture_lora_fwd_native(*args)

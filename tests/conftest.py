@@ -1,17 +1,26 @@
 """What every test gets: poisoned memory, one thread, real data, and an honest last line."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # kernels run on the CPU; read when Triton is imported
 
 import hypothesis
 import torch
 from support import ROOT
 
 from lora_fused import backends
+
+if importlib.util.find_spec("triton") and os.environ["TRITON_INTERPRET"] == "1":
+    from support import interpreter
+
+    interpreter.install()
 
 hypothesis.settings.register_profile("few", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("few")

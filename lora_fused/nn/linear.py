@@ -10,7 +10,7 @@ from lora_fused.checks import invalid
 from lora_fused.mixture import Route
 from lora_fused.nn.routing import Site, check_rows
 from lora_fused.ops import mixture_lora
-from lora_fused.ops.mixture_lora.contract import check_route
+from lora_fused.ops.mixture_lora import contract
 from lora_fused.ops.mixture_lora.reference import embedding_update
 
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -90,20 +90,12 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
     def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
         stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
         ids, row_mixture = route.adapter_ids, route.row_mixture
-        ids = check_route(rows, ids, weights, row_mixture, len(stack))
+        contract.check_route(rows, ids, weights, row_mixture, len(stack))
+        args = (stack.row_start, None, ids, weights, stack.scale, row_mixture, rows)
+        _, a, b, row_start, _, *rest = contract.flatten(rows, *stack.factors(), *args)
+        tokens, options = x.reshape(-1), (stack.max_rank, self.padding_idx)
         with torch.autocast(x.device.type, enabled=False):  # it would round the intermediates
-            y = embedding_update(
-                x.reshape(-1),
-                *stack.factors(),
-                stack.row_start,
-                ids,
-                weights,
-                stack.scale,
-                row_mixture,
-                rows,
-                stack.max_rank,
-                self.padding_idx,
-            )
+            y = embedding_update(tokens, a, b, row_start, *rest, *options)
         return y.reshape(base.shape)
 
 

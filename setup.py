@@ -39,6 +39,7 @@ def extension() -> dict:
     compiler = os.environ.get("CXX", "c++")
     # -fno-wrapv: Python's own flags carry -fwrapv, which costs gcc 12 a factor of 9 in the loops.
     flags = ["-std=c++17", "-O3", "-fno-wrapv", "-fno-math-errno", "-fvisibility=hidden"]
+    flags += [f"-ffile-prefix-map={ROOT}/="]  # error messages name csrc/..., not the build folder
     # gcc 12 warns of its own AVX-512 headers.
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     macros = [

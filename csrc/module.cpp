@@ -23,7 +23,6 @@ PYBIND11_MODULE(_C, m) {
     py::dict info;
     info["compiler"] = LORA_FUSED_COMPILER;
     info["torch"] = LORA_FUSED_BUILD_TORCH;
-    info["cuda"] = false;
     return info;
   }, "Compiler and torch of the build.");
 }

@@ -142,24 +142,28 @@ class AdapterStack(nn.Module):
         """Make exactly these adapters Parameters (``trained_a_<id>``), each on its own.
 
         On its own, because an optimiser with weight decay or momentum would also move the frozen
-        rows of one shared Parameter.
+        rows of one shared Parameter. Adapters that were trainable stay the same Parameters.
         """
-        self.freeze()
-        self.trained = tuple(sorted(k for k in set(ids) if self.ranks[k]))
-        for k in self.trained:
+        wanted = {k for k in set(ids) if self.ranks[k]}
+        self._write_back([k for k in self.trained if k not in wanted])
+        for k in sorted(wanted.difference(self.trained)):
             for side in "ab":
                 rows = getattr(self, f"lora_{side}")[self.rows(k)]
                 self.register_parameter(f"trained_{side}_{k}", nn.Parameter(rows.clone()))
+        self.trained = tuple(sorted(wanted))
+
+    def freeze(self) -> None:
+        """Write trained adapters back into the stack; their Parameters are gone then."""
+        self._write_back(self.trained)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Write trained adapters back into the stack; they cease to be Parameters."""
-        for k in self.trained:
+    def _write_back(self, ids: Sequence[int]) -> None:
+        for k in ids:
             for side in "ab":
                 name = f"trained_{side}_{k}"
                 getattr(self, f"lora_{side}")[self.rows(k)] = getattr(self, name)
                 delattr(self, name)
-        self.trained = ()
+        self.trained = tuple(k for k in self.trained if k not in ids)
 
     @torch.no_grad()
     def with_appended(self, parts: Sequence[LoraFactors | None], dtype: torch.dtype) -> tuple:
@@ -406,7 +410,10 @@ class AdapterBank:
         return self
 
     def adapter(self, name: str) -> Adapter:
-        """One adapter with its factors (views), as ``add`` takes it and lora_fused.io writes it."""
+        """One adapter as ``add`` takes it and lora_fused.io writes it.
+
+        Factors are views of the stacks, saved and metadata the bank's own: read, do not write.
+        """
         k = self.id(name)
         modules = {}
         for module, stack in self.stacks.items():
@@ -418,14 +425,19 @@ class AdapterBank:
         return Adapter(name, modules, self.saved.get(name, {}), self.metadata[name])
 
     def trainable(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
-        """Make exactly these adapters (default: all) trainable; return their Parameters."""
+        """Make exactly these adapters (default: all) trainable; return their Parameters.
+
+        Give these to the optimiser: the frozen model's own parameters are as they were, and a later
+        call keeps the Parameters of adapters that stay trainable. A step costs as much as the bank
+        is large (its rows are joined anew): train few of many in ``bank.subset(names)``.
+        """
         ids = [self.id(name) for name in (self.names if names is None else names)]
         for stack in self.stacks.values():
             stack.train_adapters(ids)
         return [p for stack in self.stacks.values() for p in stack.parameters()]
 
     def freeze(self) -> None:
-        """Write trained values back; no adapter is trainable any more."""
+        """Write trained values back; an optimiser made before then steps on nothing."""
         for stack in self.stacks.values():
             stack.freeze()
 
@@ -487,8 +499,9 @@ def _check_part(where: str, part: LoraFactors, module: str, sizes: dict) -> None
     if not (a.is_floating_point() and b.is_floating_point()):
         got = f"{a.dtype} and {b.dtype}"
         raise invalid("AdapterBank.add", f"adapter {where}", "have floating-point factors", got)
-    if not (part.scale == part.scale and 0 < abs(part.scale) < float("inf")):
-        rule = "have a finite scale other than 0"
+    stored = abs(float(torch.tensor(part.scale, dtype=torch.float32)))
+    if not 0 < stored < float("inf"):
+        rule = "have a scale that is finite in float32 and not 0"
         raise invalid("AdapterBank.add", f"adapter {where}", rule, part.scale)
     found = (a.shape[1], b.shape[1], part.embedding)
     known = sizes.setdefault(module, found)

@@ -6,6 +6,7 @@ implementation, ``lora-fused info`` and the test skip all show.
 """
 
 import importlib.util
+import warnings
 
 import torch  # before the extension, which resolves its symbols against the torch already loaded
 
@@ -19,7 +20,9 @@ def _load_native() -> tuple[object | None, str | None]:
     try:
         from lora_fused import _C
     except (ImportError, OSError) as error:
-        return None, f"the native extension does not load (built for another torch?): {error}"
+        reason = f"the native extension was built but does not load: {error}"
+        warnings.warn(f"lora_fused: {reason}; the slow reference runs instead", stacklevel=2)
+        return None, reason
     return _C, None
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Mixture:
     Weights need not sum to one and may be negative; nothing is normalised. ``"__base__"`` and None
     mean no adapter. ``per`` says what a row of the mixture is: a sample (``x.shape[0]`` of them) or
     a token (a row of x flattened to ``[N, I]``); it is never guessed. A mixture of a single row
-    fits any input.
+    fits any input. Per sample, the first axis of every adapted layer's input must be the batch.
 
     Attributes:
         adapters: names, M rows of J (None = no adapter), or ids ``[M, J]`` as a tensor.
@@ -67,6 +67,25 @@ class Mixture:
     per: str = "sample"
     row_mixture: Tensor | None = None
 
+    def __post_init__(self):
+        if self.per not in ("sample", "token"):
+            raise invalid(_OP, "per", "be 'sample' or 'token'", repr(self.per))
+        if isinstance(self.adapters, Tensor):
+            if self.adapters.dim() != 2 or self.adapters.dtype not in (torch.int32, torch.int64):
+                got = f"{self.adapters.dtype} {shape(self.adapters)}"
+                raise invalid(_OP, "ids", "be int32 or int64 [M, J]", got)
+            table = tuple(self.adapters.shape)
+        else:
+            table = (len(self.adapters), len(self.adapters[0]) if self.adapters else 0)
+        weights = _weights(self.weights)
+        if weights.dim() not in (2, 3) or tuple(weights.shape[-2:]) != table:
+            rule = f"be {list(table)} like ids, or one such slice per module"
+            raise invalid(_OP, "weights", rule, shape(weights))
+        rows = self.row_mixture
+        if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int32):
+            raise invalid(_OP, "row_mixture", "be int32 [S]", f"{rows.dtype} {shape(rows)}")
+        object.__setattr__(self, "weights", weights)
+
     @classmethod
     def uniform(cls, names: Sequence[str]) -> "Mixture":
         """All rows: the mean of these adapters' updates (weights 1 / len(names))."""
@@ -83,31 +102,32 @@ class Mixture:
         if values is None:
             return cls.rows([weights])
         names = _distinct(weights)
+        values = values if isinstance(values, Tensor) else torch.tensor(values)
         if values.dim() not in (1, 2) or values.shape[-1] != len(names):
             rule = f"be [{len(names)}] or [L, {len(names)}] for {len(names)} names"
             raise invalid("Mixture.of", "values", rule, shape(values))
-        return cls((tuple(_name(n) for n in names),), _weights(values).unsqueeze(-2))
+        return cls((tuple(_name(n) for n in names),), values.unsqueeze(-2))
 
     @classmethod
     def rows(cls, rows: Sequence[Row], *, per: str = "sample") -> "Mixture":
         """Row by row: a dict of weights, one name (weight 1), or None / ``"__base__"``."""
+        if rows is None or isinstance(rows, Mapping | str | Tensor):
+            rule = "be a list with one entry per row (for all rows alike: Mixture.of)"
+            raise invalid("Mixture.rows", "rows", rule, repr(rows))
         table = [_row(row, i) for i, row in enumerate(rows)]
         width = max((len(row) for row in table), default=0)
         table = [row + [(None, 0.0)] * (width - len(row)) for row in table]
         names = tuple(tuple(name for name, _ in row) for row in table)
         weights = torch.tensor([[w for _, w in row] for row in table], dtype=torch.float32)
-        return cls(names, weights.reshape(len(table), width), _per(per))
+        return cls(names, weights.reshape(len(table), width), per)
 
     @classmethod
     def top_k(cls, ids: Tensor, weights: Tensor, *, per: str = "sample") -> "Mixture":
         """From tensors: ids ``[M, J]`` (-1 = none), weights ``[M, J]`` or ``[L, M, J]``."""
-        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
-            got = f"{ids.dtype} {shape(ids)}"
-            raise invalid("Mixture.top_k", "ids", "be int32 or int64 [M, J]", got)
-        if weights.dim() not in (2, 3) or weights.shape[-2:] != ids.shape:
-            rule = f"be {shape(ids)} like ids, or one such slice per module"
-            raise invalid("Mixture.top_k", "weights", rule, shape(weights))
-        return cls(ids, _weights(weights), _per(per))
+        for label, t in (("ids", ids), ("weights", weights)):
+            if not isinstance(t, Tensor):
+                raise invalid("Mixture.top_k", label, "be a tensor", type(t).__name__)
+        return cls(ids, weights, per)
 
     def repeat(self, times: int) -> "Mixture":
         """Every row ``times`` times in succession, as generate orders beams and samples."""
@@ -155,9 +175,14 @@ def _row(row: Row, i: int) -> list[tuple[str | None, float]]:
         rule = "be a dict of weights, a name or None"
         raise invalid("Mixture.rows", f"row {i}", rule, type(row).__name__)
     for name, weight in row.items():
-        if not abs(weight) <= _LARGEST:
-            rule = "be finite in float32"
-            raise invalid("Mixture.rows", f"row {i}, weight of {name!r}", rule, weight)
+        where = f"row {i}, weight of {name!r}"
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            rule = "be a number (a gradient would be lost; use Mixture.of(names, values) or top_k)"
+            raise invalid("Mixture.rows", where, rule, "a tensor that requires grad")
+        if not isinstance(weight, SupportsFloat) or isinstance(weight, str):
+            raise invalid("Mixture.rows", where, "be a number", repr(weight))
+        if not abs(float(weight)) <= _LARGEST:
+            raise invalid("Mixture.rows", where, "be finite in float32", weight)
     return [(_name(name), float(weight)) for name, weight in row.items()]
 
 
@@ -172,15 +197,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return names
 
 
-def _per(per: str) -> str:
-    if per not in ("sample", "token"):
-        raise invalid(_OP, "per", "be 'sample' or 'token'", repr(per))
-    return per
-
-
 def _weights(weights: Tensor) -> Tensor:
-    if not weights.is_floating_point():
-        raise invalid(_OP, "weights", "be floating point", weights.dtype)
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise invalid(_OP, "weights", "be a floating point tensor", got)
     weights = weights.float()
     # Free on a CPU; on a device it would be a sync, so a NaN there reaches the output instead.
     if weights.device.type == "cpu" and not bool(weights.detach().isfinite().all()):

@@ -232,7 +232,7 @@ FAULTS = {
         lambda scale=scale: Adapter(
             "new", {"q": LoraFactors(torch.ones(2, 5), torch.ones(2, 3), scale)}
         ),
-        "must have a finite scale other than 0, got",
+        "must have a scale that is finite in float32 and not 0, got",
     )
     for scale in (0.0, float("nan"), float("inf"))
 }

@@ -126,3 +126,11 @@ def test_a_hundred_thousand_adapters_are_quick():
     bank.compact()
     assert bank.id("a8") == 7 and bank.subset(["a9", "a99999"]).count == 2
     assert time.perf_counter() - begin < 60
+
+
+def test_an_adapter_that_stays_trainable_keeps_its_parameters(bank):
+    first, second = bank.names[:2]
+    before = bank.trainable([first])
+    both = bank.trainable([first, second])
+    assert {id(p) for p in before} < {id(p) for p in both}
+    assert [id(p) for p in bank.trainable([first])] == [id(p) for p in before]

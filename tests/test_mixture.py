@@ -113,7 +113,7 @@ def test_top_k_rejects(bank):
     for weights in (torch.ones(2, 3), torch.ones(2), torch.ones(1, 1, 2, 2)):
         with pytest.raises(ValueError, match=r"weights must be \[2, 2\] like ids"):
             Mixture.top_k(torch.zeros(2, 2).int(), weights)
-    with pytest.raises(ValueError, match=r"weights must be floating point, got torch\.int32"):
+    with pytest.raises(ValueError, match="weights must be a floating point tensor, got"):
         Mixture.top_k(torch.zeros(2, 2).int(), ones.int())
     bank.remove("code")
     for dead in (1, 4, -2, 2**32):
@@ -222,3 +222,31 @@ def test_resolve_reads_no_weights(bank):
     """Resolving is in the hot path: weights on a device must not be read back."""
     meta = Mixture.top_k(torch.zeros(1, 2).int(), torch.ones(1, 2, device="meta"))
     assert meta.resolve(bank, "meta").weights.device.type == "meta"
+
+
+@pytest.mark.parametrize("rows", [{"math": 0.5}, "math", None, torch.ones(2)])
+def test_rows_takes_a_list_and_nothing_that_iterates_like_one(rows):
+    with pytest.raises(ValueError, match="rows must be a list with one entry per row"):
+        Mixture.rows(rows)
+
+
+def test_a_weight_that_would_lose_its_gradient_is_refused():
+    with pytest.raises(ValueError, match=r"a gradient would be lost; use Mixture\.of"):
+        Mixture.of({"math": torch.nn.Parameter(torch.ones(()))})
+    for weight in ("x", None):
+        with pytest.raises(ValueError, match="weight of 'math' must be a number"):
+            Mixture.of({"math": weight})
+
+
+def test_the_plain_constructor_checks_what_the_factories_do():
+    table, ones = (("math",),), torch.ones(1, 1)
+    assert Mixture(table, ones).per == "sample"
+    faults = [
+        ((table, ones, "foo"), "per must be 'sample' or 'token'"),
+        ((table, torch.full((1, 1), torch.nan)), "weights must be finite"),
+        ((table, torch.ones(1, 2)), r"weights must be \[1, 1\]"),
+        ((table, ones, "sample", torch.zeros(2)), r"row_mixture must be int32 \[S\]"),
+    ]
+    for arguments, message in faults:
+        with pytest.raises(ValueError, match=message):
+            Mixture(*arguments)

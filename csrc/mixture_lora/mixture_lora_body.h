@@ -10,7 +10,7 @@
 namespace lora_fused {
 namespace LF_NS {
 
-// Columns of one partial sum and ranks that meet it: 16 + 6 rows of 2 KiB stay in a 48 KiB L1.
+// Columns of one partial sum: a tile's 6 + 4 rows of 4 KiB fit L1. Ranks that meet it: in L2.
 constexpr int64_t kBlock = 1024;
 constexpr int kShrinkGroup = 64;
 constexpr int kStreamRanks = 8;    // for a single row: enough independent sums to hide latency

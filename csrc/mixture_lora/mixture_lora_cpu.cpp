@@ -95,6 +95,8 @@ struct Call {
     stack = {side_of(lora_a, "lora_a"), side_of(lora_b, "lora_b"),
              pointer<int32_t>(row_start), pointer<int32_t>(ranks),
              count, lora_a.size(0), packed ? 0 : lora_a.size(1)};
+    require(!packed || (stack.row_start[0] == 0 && stack.row_start[count] == stack.rows),
+            "row_start");
     require(stack.a.columns == x.size(1) && stack.a.dtype == stack.b.dtype &&
             lora_a.size(0) == lora_b.size(0) && (packed || lora_a.size(1) == lora_b.size(1)),
             "lora_a and lora_b");
@@ -107,31 +109,27 @@ struct Call {
     const int64_t groups = row_mixture ? row_mixture->size(0) : ids.size(0);
     require(sized(row_mixture, ScalarType::Int, groups), "row_mixture");
     require(groups ? x.size(0) % groups == 0 : x.size(0) == 0, "the number of mixtures");
+    require(x.size(0) * ids.size(1) < int64_t(1) << 31, "rows * adapters per row (below 2^31)");
     route = {static_cast<const int32_t*>(ids.const_data_ptr()),
              static_cast<const float*>(weights.const_data_ptr()), pointer<float>(scale),
              pointer<int32_t>(row_mixture), ids.size(0), ids.size(1), groups, x.size(0)};
   }
 };
 
-// Rows [N, C] as float32: in place where they are, else widened into `copy`.
-Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name,
-              std::vector<float>& copy) {
+// Rows [first, last) as float32: in place where they are, else widened into `copy`.
+Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name, int64_t first,
+              int64_t last, std::vector<float>& copy) {
   const Dtype dtype = dtype_of(t, name);
   const char* data = static_cast<const char*>(t.const_data_ptr());
-  const int64_t n = t.size(0), columns = t.size(1), row = t.stride(0), column = t.stride(1);
+  const int64_t columns = t.size(1), row = t.stride(0), column = t.stride(1);
   if (dtype == Dtype::f32 && (column == 1 || columns <= 1))
-    return {reinterpret_cast<const float*>(data), row};
-  if (int64_t(copy.size()) < n * columns) copy.resize(n * columns);
-  parallel_tasks(std::vector<int64_t>(n, columns), [&](int64_t i) {
-    kernels.widen(data + i * row * dtype_size(dtype), dtype, column, copy.data() + i * columns,
+    return {reinterpret_cast<const float*>(data), row, 0};
+  float* rows = scratch(copy, (last - first) * columns);
+  parallel_tasks(std::vector<int64_t>(last - first, columns), [&](int64_t i) {
+    kernels.widen(data + (first + i) * row * dtype_size(dtype), dtype, column, rows + i * columns,
                   columns);
   });
-  return {copy.data(), columns};
-}
-
-float* room_for(std::vector<float>& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
+  return {rows, columns, first};
 }
 
 Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
@@ -154,10 +152,11 @@ Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
     output.base_dtype = output.dtype;
     output.base_stride = base_rows->stride(0);
   }
-  const Rows x_rows = as_float(kernels, x, "x", widened);
   for (int64_t n = 0; n < rows; n += kPlanRows) {
-    make_plan(call.stack, call.route, n, std::min(n + kPlanRows, rows), false, plan);
-    float* coef = room_for(h, plan.h_size);
+    const int64_t end = std::min(n + kPlanRows, rows);
+    const Rows x_rows = as_float(kernels, x, "x", n, end, widened);
+    make_plan(call.stack, call.route, n, end, false, plan);
+    float* coef = scratch(h, plan.h_size);
     shrink_rows(kernels, call.stack, call.stack.a, plan, x_rows, true, coef);
     expand_rows(kernels, call.stack, call.stack.b, plan, coef, output);
   }
@@ -208,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_x = needs & 1, need_a = needs & 2, need_b = needs & 4;
   const bool need_weights = needs & 8, need_scale = needs & 16;
   std::vector<float> x_copy, grad_copy, h, q;
-  const Rows x_rows = as_float(kernels, x, "x", x_copy);
-  const Rows grad_rows = as_float(kernels, grad, "grad", grad_copy);
+  const Rows x_rows = as_float(kernels, x, "x", 0, x.size(0), x_copy);
+  const Rows grad_rows = as_float(kernels, grad, "grad", 0, x.size(0), grad_copy);
   Plan plan;
   make_plan(stack, call.route, 0, x.size(0), true, plan);
   h.resize(plan.h_size);

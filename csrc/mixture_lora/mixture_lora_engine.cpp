@@ -16,20 +16,12 @@ constexpr int64_t kRoom = 1 << 16;  // floats of a thread's output block: 256 Ki
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Scratch that outlives a call: a decode step is shorter than the page faults of fresh memory.
-template <class T>
-T* scratch(std::vector<T>& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
-
-// Pointers to ranks [first, first + n) of a group from column o on, and where its parts end. Rows
-// whose columns are not adjacent, and 16-bit rows that many rows will read (`widen`), are first
-// copied to float32 scratch, `width` columns of them.
+// Pointers to ranks [first, first + n) of a group from column o on. Rows whose columns are not
+// adjacent, and 16-bit rows that many rows will read (`widen`), are first copied to float32
+// scratch, `width` columns of them.
 struct RankRows {
   std::vector<const void*> pointers;
   std::vector<float> widened;
-  std::vector<int32_t> ends;
   Dtype dtype;
 
   const void* const* load(const MixtureKernels& kernels, const Stack& stack, const Side& side,
@@ -40,12 +32,9 @@ struct RankRows {
     dtype = in_place ? side.dtype : Dtype::f32;
     const int64_t offset = o * side.stride_col * dtype_size(side.dtype);
     float* copy = in_place ? nullptr : scratch(widened, n * width);
-    ends.clear();
     for (int64_t s = group.first; s < group.last; ++s) {
       const Segment& segment = plan.segments[s];
       const int64_t end = std::min(segment.at + segment.rank, first + n);
-      for (int64_t r = 0; r < segment.rank; r += kPart)
-        ends.push_back(int32_t(segment.at + std::min<int64_t>(r + kPart, segment.rank)));
       for (int64_t r = std::max(segment.at, first); r < end; ++r) {
         const void*& row = p[r - first];
         row = stack.at(side, segment.adapter, r - segment.at) + offset;
@@ -205,6 +194,16 @@ void weigh(const Plan& plan, const Group& group, int64_t begin, int64_t end, int
 
 namespace {
 
+// Where the parts of a group's depth end: each adapter in pieces of kPart ranks.
+void part_ends(const Plan& plan, const Group& group, std::vector<int32_t>& ends) {
+  ends.clear();
+  for (int64_t s = group.first; s < group.last; ++s) {
+    const Segment& segment = plan.segments[s];
+    for (int64_t r = 0; r < segment.rank; r += kPart)
+      ends.push_back(int32_t(segment.at + std::min<int64_t>(r + kPart, segment.rank)));
+  }
+}
+
 int64_t visits(const Plan& plan) {
   int64_t rows = 0;
   for (const Group& g : plan.groups) rows += g.rows;
@@ -241,6 +240,7 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
     static thread_local std::vector<float> room;
     static thread_local std::vector<float*> y;
     static thread_local std::vector<const float*> c;
+    static thread_local std::vector<int32_t> ends;
     static thread_local RankRows source;
     const int64_t o = t * width, n = std::min(width, side.columns - o);
     char* const first = output.out + (plan.first_row * output.columns + o) * size;
@@ -250,6 +250,7 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
       for (int64_t i = 0; i < count; ++i)
         std::memset(acc + i * stride, 0, round_up(n, kPadColumns) * sizeof(float));
     for (const Group& g : plan.groups) {
+      part_ends(plan, g, ends);
       const void* const* b = source.load(kernels, stack, side, plan, g, 0, g.depth, o, n, false);
       const int32_t* row = plan.rows_of(g);
       float** ys = scratch(y, g.rows);
@@ -258,8 +259,8 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
         ys[p] = acc + row[p] * stride;
         cs[p] = coef + g.h + p * g.depth;
       }
-      kernels.expand(ys, int(g.rows), cs, b, source.dtype, source.ends.data(),
-                     int(source.ends.size()), n, once);
+      kernels.expand(ys, int(g.rows), cs, b, source.dtype, ends.data(),
+                     int(ends.size()), n, once);
     }
     if (in_place && !output.base) return;
     for (int64_t i = 0; i < count; ++i) {

@@ -52,11 +52,18 @@ struct Route {
   }
 };
 
-// Rows as float32.
+// Scratch that outlives a call: a decode step is shorter than the page faults of fresh memory.
+template <class T>
+T* scratch(std::vector<T>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+// Rows from number `first` on, as float32.
 struct Rows {
   const float* data;
-  int64_t stride;
-  const float* at(int64_t n) const { return data + n * stride; }
+  int64_t stride, first;
+  const float* at(int64_t n) const { return data + (n - first) * stride; }
 };
 
 // One adapter in one group; its ranks are [at, at + rank) of the group's depth.

@@ -381,11 +381,3 @@ def test_float64_is_for_the_reference(monkeypatch):
         assert torch.equal(run(p, "auto", **changes), run(p, "reference", **changes))
         with pytest.raises(ValueError, match=r"(x|lora_b|base) must .*float16"):
             run(p, "native", **changes)
-
-
-@pytest.mark.parametrize("start", ([0, 3, 12], [-1, 3, 11], [0, 12, 11]))
-def test_native_never_reads_beyond_the_stack(start):
-    require("native")
-    p = problem(12, 3, (3, 8), 17, 9)
-    with pytest.raises(RuntimeError, match="row_start or ranks must lie within the stack"):
-        run(p, "native", row_start=torch.tensor(start).int())

@@ -1,5 +1,7 @@
 """The public mixture_lora: contract, checks, choice of implementation."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -61,25 +63,28 @@ def mixture_lora(
         device count as -1. NaN in x, weights or adapters reaches the rows that use it, no others.
 
     Cost:
-        (I + O) * sum of the ranks used, multiply-adds per row; native reads each distinct adapter
-        once per 1024 rows.
+        (I + O) * sum of the ranks used, multiply-adds per row. Native visits adapters one after
+        another, each with all the rows (of 1024) that use it.
 
     Source:
         Batched per-row adapters: Punica, arXiv:2310.18547. Weighted sums: Asadi et al.,
         arXiv:2402.15414. A different weighted set in every row is ours.
 
     Example:
-        >>> y = mixture_lora(x, stack.lora_a, stack.lora_b, stack.row_start, ids, weights)
+        >>> a, b = stack.factors()
+        >>> y = mixture_lora(x, a, b, stack.row_start, ids, weights, scale=stack.scale)
     """
     device = x.device
-    if torch.is_autocast_enabled(device.type):
+    autocast = torch.amp.is_autocast_available(device.type)
+    if autocast and torch.is_autocast_enabled(device.type) and x.dtype in contract.STORAGE:
         x = x.to(torch.get_autocast_dtype(device.type))
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
     widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
     widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
     name = choose(contract.OP, impl, device, widest)
     args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
-    if name == "native" and not torch.compiler.is_compiling():
+    lined_up = base is None or base.shape[:-1] == x.shape[:-1]  # flattening would hide it
+    if name == "native" and lined_up and not torch.compiler.is_compiling():
         # The kernel refuses what does not fit; only then is it worth 10 us to find out what.
         try:
             y = registration.forward(*contract.flatten(x, *args))
@@ -91,6 +96,7 @@ def mixture_lora(
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
     if name == "native":
         return registration.forward(*flat).reshape(out_shape)
-    with torch.autocast(device.type, enabled=False):  # it would round the intermediates
+    # Autocast would round the intermediates.
+    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         y = reference.forward(*flat, max_rank=contract.rank_bound(row_start, max_rank))
     return y.reshape(out_shape)

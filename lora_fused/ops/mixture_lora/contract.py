@@ -64,6 +64,12 @@ def check_stack(x, lora_a, lora_b, row_start, ranks, scale, name: str) -> int:
         raise invalid(OP, "scale", f"be floating point [{count}]", _what(scale))
     named = {"lora_a": lora_a, "lora_b": lora_b, "row_start": row_start, "ranks": ranks}
     _check_device(x.device, **named, scale=scale)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if row_start is not None and not _is_cover(row_start, lora_a.shape[0]):
+            rule = f"rise from 0 to the {lora_a.shape[0]} rows of lora_a"
+            raise invalid(OP, "row_start", rule, row_start.tolist()[:8])
+        if ranks is not None:
+            _check_range("ranks", ranks, 0, lora_a.shape[1] + 1)
     return count
 
 
@@ -116,6 +122,11 @@ def _read_as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stored(name: str) -> tuple:
     return (*STORAGE, torch.float64) if name == "reference" else STORAGE
+
+
+def _is_cover(row_start: Tensor, rows: int) -> bool:
+    first, last = int(row_start[0]), int(row_start[-1])
+    return first == 0 and last == rows and bool((row_start.diff() >= 0).all())
 
 
 def _check_range(label: str, ids: Tensor, low: int, high: int) -> None:

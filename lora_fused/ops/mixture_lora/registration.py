@@ -6,6 +6,7 @@ was built. Each operator is a raw kernel; differentiation goes through MixtureLo
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 STACK = "Tensor lora_a, Tensor lora_b, Tensor? row_start, Tensor? ranks"
@@ -85,6 +86,10 @@ def forward(
     """Run the native operator, through autograd only where a gradient is wanted."""
     args = (x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
     differentiable = (x, lora_a, lora_b, weights, scale, base)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    # In forward mode the Function raises; the bare operator would return a tangent of zero.
+    if wanted or forward_ad._current_level >= 0:
         return MixtureLoraFunction.apply(*args)
     return torch.ops.lora_fused.mixture_lora_fwd_native(*args)

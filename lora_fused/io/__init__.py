@@ -1,6 +1,7 @@
 """Adapter files: the only part of the package that reads and writes weights."""
 
-from lora_fused.io.load import find_adapters, load_adapters
+from lora_fused.io.find import find_adapters
+from lora_fused.io.load import load_adapters
 from lora_fused.io.peft import read_adapter, write_adapter
 
 __all__ = ["find_adapters", "load_adapters", "read_adapter", "write_adapter"]

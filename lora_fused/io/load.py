@@ -1,41 +1,47 @@
-"""Many adapters at once: finding them, and loading them into one bank, all or none."""
+"""Many adapters at once, loaded into one bank, all or none."""
 
 import contextlib
 import gc
-import glob
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
-from lora_fused.io.peft import CONFIG, PICKLE, WEIGHTS, default_name, read_adapter
+from lora_fused.io.find import Paths, expand
+from lora_fused.io.peft import default_name, read_adapter
+from lora_fused.io.tensors import FLOATS
 
-Paths = str | os.PathLike | Iterable[str | os.PathLike]
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def load_adapters(
-    paths: Paths,
+    paths: Paths | Mapping[str, str | os.PathLike],
     *,
     names: Sequence[str] | None = None,
     bank: AdapterBank | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    any_base: bool = False,
     allow_pickle: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AdapterBank:
     """Read adapters into one bank, all or none.
 
     Args:
-        paths: One or several of: an adapter's folder or file; a glob, which stands for the adapters
-            among its matches, sorted; ``@list.txt``, a file with one of these per line (relative to
-            the list; empty lines and lines that begin with # are skipped).
+        paths: One or several of: an adapter's folder or file; a folder that holds adapters (see
+            ``find_adapters``); a glob, which stands for the adapters among its matches, sorted;
+            ``@list.txt``, a file with one of these per line (relative to the list; empty lines and
+            lines that begin with # are skipped). Or a dict of name to an adapter's folder or file.
         names: One name per adapter. Default: its folder's name (a file's: without the suffix).
         bank: Add to this bank. Default: a new one. After an error it is as it was.
-        dtype: Storage dtype of a new bank. Default: the files' own if all agree, else float32.
+        dtype: Storage dtype of a new bank, also by name (``"bfloat16"``). Default: the files' own
+            if all agree, else float32.
+        any_base: Allow adapters whose configs name different base models. Bases are compared by
+            the last part of their paths, in any case; a config that names none fits all.
         allow_pickle: See ``read_adapter``.
         on_progress: Called as on_progress(done, total) after each file.
 
@@ -44,13 +50,19 @@ def load_adapters(
 
     Raises:
         FileNotFoundError: a path, or every match of a glob, is missing.
-        ValueError: see ``read_adapter``; names that clash; sizes that do not fit each other; values
-            that the bank's dtype cannot hold.
+        ValueError: see ``read_adapter``; names that clash; base models or sizes that do not fit
+            each other; values that the bank's dtype cannot hold.
 
     Example:
         >>> bank = load_adapters("adapters/*", dtype=torch.bfloat16)
     """
-    found = _expand(paths)
+    if isinstance(paths, Mapping):
+        if names is not None:
+            raise invalid("load_adapters", "names", "be None with a dict of paths", repr(names))
+        names, found = list(paths), _one_each(paths)
+    else:
+        found = expand(paths)
+    dtype = _dtype(dtype)
     if bank is not None and dtype not in (None, bank.dtype):
         raise invalid("load_adapters", "dtype", f"be that of the bank ({bank.dtype})", dtype)
     names = _names(found, names, bank)
@@ -61,6 +73,8 @@ def load_adapters(
             if on_progress is not None:
                 on_progress(done, len(found))
     bank = AdapterBank(dtype=dtype) if bank is None else bank
+    if not any_base:
+        _check_bases(adapters, bank)
     _check_sizes(adapters, bank)
     try:
         bank.add_many(adapters)
@@ -68,26 +82,6 @@ def load_adapters(
         _explain_overflow(adapters, bank.dtype)
         raise
     return bank
-
-
-def find_adapters(path: str | os.PathLike) -> list[Path]:
-    """All adapters below a folder (or the path itself), sorted, whether or not they can be loaded.
-
-    A folder counts if it holds adapter_config.json or an adapter_model file; another .safetensors
-    file if a tensor name in it speaks of LoRA or it cannot be read; a .bin file if its own name
-    does. Hidden files and folders are passed over.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"find_adapters: no such file or folder: {path}")
-    if path.is_file() or _is_adapter(path):
-        return [path]
-    found = []
-    for folder, inner, files in os.walk(path):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        here = [Path(folder)] if _is_adapter(Path(folder)) else [Path(folder, f) for f in files]
-        found += [p for p in here if not p.name.startswith(".") and _is_adapter(p)]
-    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -103,41 +97,13 @@ def _garbage_collection_off() -> Iterator[None]:
             gc.enable()
 
 
-def _is_adapter(path: Path) -> bool:
-    if path.is_dir():
-        return any((path / file).is_file() for file in (CONFIG, WEIGHTS, PICKLE))
-    if path.suffix != ".safetensors":
-        return path.suffix == ".bin" and "lora" in path.name.lower()
-    try:
-        with safe_open(path, "pt") as opened:
-            return any("lora" in key.lower() for key in opened.keys())  # noqa: SIM118
-    except SafetensorError:
-        return True  # let the reader say what is wrong with it
-
-
-def _expand(paths: Paths) -> list[Path]:
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    found: list[Path] = []
-    for path in map(os.fspath, paths):
-        if path.startswith("@"):
-            found += _read_list(Path(path[1:]))
-        elif glob.has_magic(path) and not os.path.exists(path):
-            matches = [m for m in map(Path, sorted(glob.glob(path))) if _is_adapter(m)]
-            if not matches:
-                raise FileNotFoundError(f"load_adapters: no adapter matches {path}")
-            found += matches
-        else:
-            found.append(Path(path))
-    if not found:
-        raise invalid("load_adapters", "paths", "name at least one adapter", "none")
-    return found
-
-
-def _read_list(file: Path) -> list[Path]:
-    if not file.is_file():
-        raise FileNotFoundError(f"load_adapters: no such list of adapters: {file}")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return _expand([os.path.join(file.parent, s) for s in lines if s and not s.startswith("#")])
+def _one_each(paths: Mapping[str, str | os.PathLike]) -> list[Path]:
+    found = {name: expand([path]) for name, path in paths.items()}
+    for name, several in found.items():
+        if len(several) > 1:
+            got = f"{len(several)} in {paths[name]}"
+            raise invalid("load_adapters", f"paths[{name!r}]", "be one adapter", got)
+    return expand(path for several in found.values() for path in several)
 
 
 def _names(found: list[Path], names: Sequence[str] | None, bank: AdapterBank | None) -> list[str]:
@@ -156,6 +122,34 @@ def _names(found: list[Path], names: Sequence[str] | None, bank: AdapterBank | N
         rule = "be distinct and not in the bank (give names=)"
         raise invalid("load_adapters", "names", rule, ", ".join(clashes))
     return list(names)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype)
+    if dtype is not None and dtype not in FLOATS:
+        rule = f"be one of {', '.join(_DTYPES)}, or None"
+        raise invalid("load_adapters", "dtype", rule, repr(dtype))
+    return dtype
+
+
+def _check_bases(adapters: Sequence[Adapter], bank: AdapterBank) -> None:
+    """Refuse adapters of another base: their update would be added to a model it was not made for.
+
+    Only the last part of a path counts, for the rest is where the model lay on somebody's machine.
+    """
+    held = [(f"adapter {name!r} of the bank", bank.metadata[name]) for name in bank]
+    known = None
+    for owner, metadata in [*held, *((a.metadata["path"], a.metadata) for a in adapters)]:
+        base = (metadata.get("config") or {}).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base.strip("/\\"):
+            continue
+        last = re.split(r"[/\\]", base.rstrip("/\\"))[-1].casefold()
+        known = known or (last, base, owner)
+        if last != known[0]:
+            where = f"base_model_name_or_path of {owner}"
+            rule = f"be {known[1]!r} as in {known[2]} (any_base=True allows others)"
+            raise invalid("load_adapters", where, rule, repr(base))
 
 
 def _check_sizes(adapters: Sequence[Adapter], bank: AdapterBank) -> None:

@@ -51,7 +51,7 @@ def read_adapter(
         raise FileNotFoundError(
             f"read_adapter: no such file or folder: {path} (hubs are not asked)"
         )
-    name = name or default_name(path)
+    name = default_name(path) if name is None else name
     if _is_weights_of_folder(path):
         return _read_folder(path.parent, path, name, allow_pickle)
     if path.is_file():

@@ -56,8 +56,33 @@ def test_missing_paths(three, tmp_path):
     for paths in (tmp_path / "d", str(tmp_path / "x*"), f"@{tmp_path / 'no.txt'}"):
         with pytest.raises(FileNotFoundError, match=r"no such|no adapter matches"):
             load_adapters(paths)
-    with pytest.raises(ValueError, match="at least one adapter"):
-        load_adapters([])
+    for nothing in ([], {}):
+        with pytest.raises(ValueError, match="at least one adapter"):
+            load_adapters(nothing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no adapter in .*empty"):
+        load_adapters(tmp_path / "empty")
+
+
+def test_a_folder_of_adapters(three, tmp_path):
+    assert load_adapters(tmp_path).names == ["a", "b", "c"]
+    assert load_adapters([tmp_path / "c", str(tmp_path)], names=list("wxyz")).count == 4
+
+
+def test_a_dict_gives_the_names(three, tmp_path):
+    assert load_adapters({"x": three[2], "y": str(three[0])}).names == ["x", "y"]
+    with pytest.raises(ValueError, match="names must be None with a dict"):
+        load_adapters({"x": three[0]}, names=["y"])
+    with pytest.raises(ValueError, match=r"paths\['x'\] must be one adapter, got 3 in"):
+        load_adapters({"x": tmp_path})
+    with pytest.raises(ValueError, match="name must be a non-empty string"):
+        load_adapters({"": three[0]})
+
+
+@pytest.mark.parametrize("paths", [3, None, [3], [None], {"x": 3}, [["a"]]])
+def test_what_is_no_path(paths):
+    with pytest.raises(ValueError, match=r"load_adapters: paths must be a path, a list"):
+        load_adapters(paths)
 
 
 def test_clashing_names(three, tmp_path):
@@ -121,6 +146,41 @@ def test_dtype(three):
     assert_untouched(bank, ["a", "b"])
 
 
+def test_dtype_by_name(three):
+    assert load_adapters(three, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_adapters(three, dtype="torch.float16").dtype == torch.float16
+    for wrong in ("bf16", "int8", torch.int8, 16):
+        with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, got .*(8|16)"):
+            load_adapters(three, dtype=wrong)
+
+
+def test_bases_must_agree(plain_adapter, folder):
+    config, tensors = plain_adapter
+    bases = {
+        "a": "somewhere/model",
+        "b": "D:\\other\\Model\\",
+        "c": "model/",
+        "d": None,
+        "e": "",
+        "f": "somewhere/model-2",
+    }
+    paths = {
+        name: folder({**config, "base_model_name_or_path": base}, tensors, name)
+        for name, base in bases.items()
+    }
+    other = paths.pop("f")
+    bank = load_adapters(paths)
+    assert bank.names == list("abcde")
+    message = r"of .*/f must be 'somewhere/model' as in .*/a \(any_base.*got 'somewhere/model-2'"
+    with pytest.raises(ValueError, match=message):
+        load_adapters([*paths.values(), other])
+    with pytest.raises(ValueError, match=r"of .*/f must be 'somewhere/model' as in adapter 'a'"):
+        load_adapters(other, bank=bank)
+    assert_untouched(bank, list("abcde"))
+    assert load_adapters(other, bank=bank, any_base=True).names == list("abcdef")
+    assert load_adapters([paths["d"], other]).names == ["d", "f"]
+
+
 def test_progress(three):
     seen = []
     load_adapters(three, on_progress=lambda done, total: seen.append((done, total)))
@@ -158,3 +218,20 @@ def test_find_adapters(three, tmp_path):
     assert find_adapters(single) == [single]
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         find_adapters(tmp_path / "nowhere")
+
+
+def test_links_are_followed_once(three, tmp_path):
+    shelf = tmp_path / "shelf"
+    (shelf / "own").mkdir(parents=True)
+    (shelf / "own" / "back").symlink_to(tmp_path)  # up the tree: would be endless
+    (shelf / "own" / "self").symlink_to(shelf)
+    (shelf / "linked").symlink_to(three[0])
+    (shelf / "again").symlink_to(three[0])
+    (shelf / "gone").symlink_to(tmp_path / "nowhere")
+    (shelf / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    found = find_adapters(shelf)
+    assert sorted(p.resolve() for p in found) == [p.resolve() for p in three]
+    assert find_adapters(shelf / "linked") == [shelf / "linked"]
+    # Beside its link a folder goes by its own name.
+    (tmp_path / "A").symlink_to(three[1])
+    assert find_adapters(tmp_path) == three

@@ -1,6 +1,6 @@
 """attach(model, bank): give layers their adapters in place, and take them back exactly."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
-from lora_fused.mixture import Mixture, Route
+from lora_fused.mixture import Mixture, Route, Row
 from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
-from lora_fused.nn.routing import Active, Routing, Site, check_forward
+from lora_fused.nn.routing import Active, Routing, Site, Using, check_forward, check_routed
 from lora_fused.nn.saved import SavedLayer, check_saved, equip, owners, saved_rows
 
 _OP = "attach"
@@ -93,9 +93,10 @@ class Handle:
     def bank(self) -> AdapterBank:
         return self._routing.bank
 
-    def mix(self, mixture: Mixture) -> AbstractContextManager[None]:
+    def mix(self, mixture: Mixture | Row | Sequence[Row]) -> AbstractContextManager[None]:
         """Put a mixture in force for the forwards (and backwards) inside the with block.
 
+        A dict of weights, one name or None stands for all rows; a list of these has one per sample.
         A nested one overrides it. One thread at a time; after ``bank.remove`` or ``compact`` enter
         again. ValueError where the rows of a batch do not fit, naming the module.
 
@@ -104,11 +105,12 @@ class Handle:
         """
         self._routing.check_bank("mix")
         check_saved_policy("mix", self.bank, self._routing.saved_modules)
+        mixture = _as_mixture(mixture)
         route = mixture.resolve(self.bank)
         rows = None
         if self._routing.saved_modules == "apply" and self.bank.saved:
             rows = saved_rows(self._routing, route)
-        return self._routing.using(Active(mixture, route, saved_rows=rows))
+        return Using(self._routing, Active(mixture, route, saved_rows=rows))
 
     def route(
         self, fn: Callable[[str, Tensor], tuple[Tensor, Tensor]], *, per: str = "token"
@@ -124,13 +126,14 @@ class Handle:
         if self._routing.saved:
             rule = "be 'error' or 'ignore' for a router, which picks no single adapter per row"
             raise invalid("route", "saved_modules", rule, "'apply'")
-        version = self.bank.version
+        bank, version = self.bank, self.bank.version
 
         def router(name: str, x: Tensor) -> Route:
-            ids, weights = fn(name, x)
-            return Route(ids, weights, None, per, version)
+            found = fn(name, x)
+            check_routed(bank, name, found)
+            return Route(*found, None, per, version)
 
-        return self._routing.using(Active(fn, None, router))
+        return Using(self._routing, Active(fn, None, router))
 
     def detach(self) -> None:
         """Restore the model exactly; the bank keeps its adapters."""
@@ -159,6 +162,17 @@ def check_saved_policy(op: str, bank: AdapterBank, policy: str) -> None:
         found = {name: sorted(owners(tensors)) for name, tensors in bank.saved.items()}
         rule = "have no saved modules (pass saved_modules='ignore' or 'apply')"
         raise invalid(op, "bank", rule, found)
+
+
+def _as_mixture(mixture: object) -> Mixture:
+    if isinstance(mixture, Mixture):
+        return mixture
+    if isinstance(mixture, (list, tuple)):
+        return Mixture.rows(mixture)
+    if mixture is None or isinstance(mixture, (str, Mapping)):
+        return Mixture.rows([mixture])
+    rule = "be a Mixture, a dict of weights, a name, None or a list of these"
+    raise invalid("mix", "mixture", rule, type(mixture).__name__)
 
 
 def _site(module: nn.Module) -> Site | None:

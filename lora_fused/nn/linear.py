@@ -30,6 +30,8 @@ class MixtureLayer:
         """The frozen layer and the update; ``route`` is for layers that stand alone."""
         site = self.lora_site
         name = type(self).__name__ if site is None else site.name
+        if route is not None:
+            self._check_alone(name, route)
         if site is not None and route is None:
             # Compiled code cannot ask which backward pass it runs in, nor branch on "no adapter".
             if not torch.compiler.is_compiling():
@@ -48,6 +50,13 @@ class MixtureLayer:
                 return base
             weights = weights[index]
         return self._add_update(x, base, route, weights)
+
+    def _check_alone(self, name: str, route: object) -> None:
+        if not isinstance(route, Route):
+            rule = "be a Route (mixture.resolve(bank))"
+            raise invalid(name, "route", rule, type(route).__name__)
+        if not hasattr(self, "lora_stack"):
+            raise invalid(name, "layer", "have adapters (see from_linear and attach)", "none")
 
     def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
         stack = self.lora_stack

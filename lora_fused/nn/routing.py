@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank, AdapterStack
-from lora_fused.checks import invalid
+from lora_fused.checks import invalid, shape
 from lora_fused.mixture import Route
 
 # Modules with a fast path that reads their children's weights past the children's forward.
@@ -87,9 +87,9 @@ class Routing:
             )
         return route if route.adapter_ids.device == x.device else route.to(x.device)
 
-    @contextlib.contextmanager
-    def using(self, active: Active) -> Iterator[None]:
-        """Put a mixture in force; a nested one overrides it and is undone on leaving."""
+    def enter(self, active: Active) -> None:
+        """Put a mixture in force; a nested one overrides it until it is left."""
+        self.check_attached("mix")
         me = threading.get_ident()
         with self._lock:
             if self.active.source is not None and self._owner != me:
@@ -99,18 +99,17 @@ class Routing:
                 )
             self._open.append(active)
             self.active, self._owner = active, me
-        try:
-            yield
-        finally:
-            with self._lock:
-                in_order = self._open[-1] is active
-                self._open.remove(active)
-                self.active = self._open[-1] if self._open else self._idle()
-            if not in_order:
-                raise RuntimeError(
-                    "mix: mixtures must be left in reverse order of entering, got another order "
-                    "(two tasks of one thread that share a model?)"
-                )
+
+    def leave(self, active: Active) -> None:
+        with self._lock:
+            in_order = self._open[-1] is active
+            self._open.remove(active)
+            self.active = self._open[-1] if self._open else self._idle()
+        if not in_order:
+            raise RuntimeError(
+                "mix: mixtures must be left in reverse order of entering, got another order "
+                "(two tasks of one thread that share a model?)"
+            )
 
     def check_attached(self, op: str) -> None:
         if not self.attached:
@@ -156,6 +155,25 @@ class Routing:
         return Active(None, self._none._replace(version=self.bank.version))
 
 
+class Using(contextlib.AbstractContextManager):
+    """The with block of one mixture, entered once."""
+
+    def __init__(self, routing: Routing, active: Active):
+        self._routing, self._active, self._entered = routing, active, False
+
+    def __enter__(self) -> None:
+        if self._entered:
+            raise RuntimeError(
+                "mix: a with block must be entered once, got one that was entered before; "
+                "call handle.mix again"
+            )
+        self._routing.enter(self._active)
+        self._entered = True
+
+    def __exit__(self, *error) -> None:
+        self._routing.leave(self._active)
+
+
 class Site(NamedTuple):
     """One attached layer's place."""
 
@@ -183,6 +201,25 @@ def check_rows(name: str, route: Route, rows: torch.Size) -> None:
     if groups != count:
         rule = f"have one row or as many as {name!r} gets {what}, {count}"
         raise invalid("mix", "mixture", rule, groups)
+
+
+def check_routed(bank: AdapterBank, name: str, found: object) -> None:
+    """Check what a router returned for a module; the op checks dtypes, sizes and the ids' range."""
+    rule = "be a pair of tensors (ids, weights), both [M, J],"
+    what = f"the router's result for {name!r}"
+    parts = found if isinstance(found, (tuple, list)) else ()
+    if len(parts) != 2 or not all(isinstance(t, Tensor) for t in parts):
+        got = [type(t).__name__ for t in parts] or type(found).__name__
+        raise invalid("route", what, rule, got)
+    ids, weights = found
+    if ids.dim() != 2 or ids.shape != weights.shape:
+        raise invalid("route", what, rule, f"{shape(ids)} and {shape(weights)}")
+    # Ids of removed adapters are in range, and add nothing without a word.
+    removed = len(bank) < bank.count and not torch.compiler.is_compiling()
+    if removed and ids.device.type == "cpu":
+        dead = [k for k in ids.unique().tolist() if k != -1 and not bank.is_live(k)]
+        if dead:
+            raise invalid("route", f"ids for {name!r}", "be -1 or ids of loaded adapters", dead[:5])
 
 
 def check_forward(op: str, what: str, name: str, modules: dict[str, nn.Module]) -> None:

@@ -87,12 +87,13 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
         FileExistsError: the folder exists.
         ValueError: nothing to write, or a scale that no config can express.
     """
+    if not isinstance(adapter, Adapter):
+        rule = "be an Adapter (of a bank: bank.adapter(name), or save_adapters)"
+        raise invalid("write_adapter", "adapter", rule, type(adapter).__name__)
+    if not isinstance(path, (str, os.PathLike)):
+        raise invalid("write_adapter", "path", "be a path", type(path).__name__)
     path = Path(os.path.abspath(path))
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        if not (path / CONFIG).is_file():
-            raise FileExistsError(f"write_adapter: {path} exists and is not an adapter folder")
-        if not overwrite_ok:
-            raise FileExistsError(f"write_adapter: {path} exists (overwrite_ok=True replaces it)")
+    check_target(path, overwrite_ok)
     config = config_for(adapter)
     tensors = _tensors_to_write(adapter)
     header = adapter.metadata.get("header") or {"format": "pt"}
@@ -110,6 +111,15 @@ def write_adapter(adapter: Adapter, path: str | os.PathLike, *, overwrite_ok: bo
         _swap(fresh, path, old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_target(path: Path, overwrite_ok: bool, op: str = "write_adapter") -> None:
+    """Refuse to write where something lies that must stay."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        if not (path / CONFIG).is_file():
+            raise FileExistsError(f"{op}: {path} exists and is not an adapter folder")
+        if not overwrite_ok:
+            raise FileExistsError(f"{op}: {path} exists (overwrite_ok=True replaces it)")
 
 
 def _replaced(folder: str, path: Path) -> list[str]:

@@ -22,6 +22,7 @@ ORDER = (
     "io",
     "library",
     "nn",
+    "new",
     "serving",
     "report",
     "cli",
@@ -64,7 +65,8 @@ def test_arrows_point_one_way(path):
     part = part_of(path)
     found = imported_parts(ast.parse(path.read_text()))
     if part == "__init__":
-        assert found <= {"adapters", "mixture"}, "the package itself stays light"
+        light = {"adapters", "mixture", "io", "nn", "new"}
+        assert found <= light, "the package itself stays light"
     else:
         assert found <= allowed(part), f"{part} may not import {found - allowed(part)}"
     if path.name == "reference.py":
@@ -116,6 +118,13 @@ def test_import_does_not_reach_for_what_is_installed():
     code = "import sys, lora_fused\nprint([m for m in %r if m in sys.modules])"
     outside = [n for n in OPTIONAL if not n.startswith(("lora_fused", "numpy", "triton"))]
     assert fresh(code % outside, blocked=()).strip() == "[]"
+
+
+def test_the_package_offers_what_most_scripts_need():
+    code = "import lora_fused\nfor name in lora_fused.__all__: getattr(lora_fused, name)\n"
+    names = "attach handle_of load_adapters new_adapter read_adapter save_adapters write_adapter"
+    code += f"assert set({names.split()}) <= set(lora_fused.__all__)\nlora_fused.io, lora_fused.nn"
+    fresh(code)
 
 
 def test_blocking_blocks():

@@ -60,22 +60,28 @@ def inspect(
     raise typer.Exit(1 if unreadable else 0)
 
 
-def validate(paths: Paths, allow_pickle: AllowPickle = False) -> None:
+def validate(
+    paths: Paths,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print faults only.")] = False,
+) -> None:
     """Print "ok" or one line per fault for each adapter; exit code 1 where there is any fault.
 
     A fault is whatever loading refuses (damaged or missing files, values that are not finite,
     settings that cannot be honoured exactly, ...), or an adapter that changes nothing.
     """
-    failed = False
+    checked = []
     for path, reason in expand(paths):
         adapter, reason = _read(path, reason, allow_pickle)
         faults = [reason] if reason else inert(adapter)
-        for fault in faults:
-            print(f"{path}: {fault}")
-        if not faults:
-            print(f"{path}: ok")
-        failed = failed or bool(faults)
-    raise typer.Exit(1 if failed else 0)
+        if faults or not quiet:
+            checked.append({"path": str(path), "faults": faults})
+            for line in [] if as_json else faults or ["ok"]:
+                print(f"{path}: {line}")
+    if as_json:
+        print_json({"adapters": checked})
+    raise typer.Exit(1 if any(one["faults"] for one in checked) else 0)
 
 
 def _tell_apart(adapters: list[Adapter], facts: list[Facts]) -> None:

@@ -2,10 +2,12 @@
 
 import traceback
 from pathlib import Path
+from typing import Annotated
 
 import typer
 import typer.core
 
+from lora_fused import __version__
 from lora_fused.cli import adapters, demo, info
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
@@ -43,8 +45,25 @@ app = typer.Typer(
     cls=OneLineErrors,
     add_completion=False,
     no_args_is_help=True,
-    help="Run, mix, retrieve, compress and recycle many LoRA adapters on one frozen model.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lora-fused {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lora_fused(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Run and mix many LoRA adapters on one frozen model."""
+
+
 app.command()(info.info)
 app.command()(adapters.inspect)
 app.command()(adapters.validate)

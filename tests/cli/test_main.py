@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+import lora_fused
+
 
 def fresh(code: str) -> subprocess.CompletedProcess:
     code = textwrap.dedent(code)
@@ -67,6 +69,17 @@ def test_help_lists_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("info", "inspect", "validate", "demo"))
+
+
+def test_help_promises_what_there_is(run):
+    text = " ".join(run("--help").stdout.split())
+    assert "Run and mix many LoRA adapters on one frozen model." in text
+    assert not any(word in text for word in ("retrieve", "compress", "recycle"))
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lora-fused {lora_fused.__version__}\n")
 
 
 @pytest.mark.parametrize(

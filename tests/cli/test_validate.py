@@ -23,6 +23,29 @@ def test_every_fault_has_its_line_and_the_exit_code_is_1(run, make_adapter, tmp_
     assert "no effect" in inert
 
 
+def test_quiet_prints_faults_only(run, make_adapter):
+    sound, idle = make_adapter("sound", 1), make_adapter("idle", inert=True)
+    result = run("validate", sound, "--quiet")
+    assert (result.exit_code, result.stdout) == (0, "")
+    result = run("validate", sound, idle, "-q")
+    assert result.exit_code == 1
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(f"{idle}: ")
+
+
+def test_json_holds_every_path_with_its_faults(run, make_adapter, tmp_path):
+    sound, idle = make_adapter("sound", 1), make_adapter("idle", inert=True)
+    result = run("validate", sound, idle, tmp_path / "absent", "--json")
+    assert result.exit_code == 1
+    first, second, third = json.loads(result.stdout)["adapters"]
+    assert first == {"path": str(sound), "faults": []}
+    assert second["path"] == str(idle) and "no effect" in second["faults"][0]
+    assert third["faults"] == ["no such file or directory"]
+    result = run("validate", sound, idle, "--json", "-q")
+    assert [one["path"] for one in json.loads(result.stdout)["adapters"]] == [str(idle)]
+    assert run("validate", sound, "--json").exit_code == 0
+
+
 def damage_json(folder):
     (folder / "adapter_config.json").write_text("{ not json")
 

@@ -1,22 +1,37 @@
 """attach(model, bank): give layers their adapters in place, and take them back exactly."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-from lora_fused.adapters import AdapterBank, AdapterStack
+from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route, Row
-from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
-from lora_fused.nn.routing import Active, Routing, Site, Using, check_forward, check_routed
-from lora_fused.nn.saved import SavedLayer, check_saved, equip, owners, saved_rows
+from lora_fused.nn.fit import (
+    check_base,
+    check_distinct,
+    check_missing,
+    check_words,
+    chooser,
+    targets,
+)
+from lora_fused.nn.linear import MixtureLayer, layer_class
+from lora_fused.nn.routing import Active, Options, Routing, Site, Using, check_routed
+from lora_fused.nn.saved import SavedLayer, check_saved, equip, saved_of, saved_rows
 
 _OP = "attach"
 
 
-def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error") -> "Handle":
+def attach(
+    model: nn.Module,
+    bank: AdapterBank,
+    *,
+    modules: Iterable[str] | Callable[[str], bool] | None = None,
+    saved_modules: str = "error",
+    missing: str = "error",
+    impl: str = "auto",
+) -> "Handle":
     """Give every module that the bank adapts its adapters, in place.
 
     Each module keeps its identity, Parameters, hooks and state_dict keys: only its class changes,
@@ -27,10 +42,18 @@ def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error")
     Args:
         model: with the bank's modules under the bank's names, each exactly an nn.Linear, an
             nn.Embedding or transformers' Conv1D.
-        bank: at least one adapter. Adapters of the same modules may be added later.
+        bank: at least one adapter, attached to no other model. Adapters of the same modules may be
+            added later.
+        modules: names of the bank's modules, or a function of a name, where not all are meant: the
+            others are left as they are, and no adapter has an effect there.
         saved_modules: what to do about fully trained modules (PEFT's modules_to_save) in the bank.
             ``"error"``: refuse them by name; ``"ignore"``: use the model's own; ``"apply"``: rows
-            with one adapter run its copy of the module, rows with none the model's own.
+            with one adapter run its copy of the module, rows with none the model's own. Copies
+            equal to the model's own, as PEFT writes of embeddings, do not count.
+        missing: what to do where an adapter's config targets a module of the model for which it has
+            no factors. ``"error"``: refuse it if the adapter has the same module of another layer,
+            else warn; ``"warn"``: warn; ``"ignore"``: nothing.
+        impl: of mixture_lora in every layer; embeddings have the reference alone.
 
     Returns:
         The handle that mixes and detaches; ``handle_of(model)`` finds it again, also on a deepcopy,
@@ -39,34 +62,48 @@ def attach(model: nn.Module, bank: AdapterBank, *, saved_modules: str = "error")
     Raises:
         ValueError: a module is missing, of another type or size, on the meta device, or inside
             nn.MultiheadAttention or nn.TransformerEncoderLayer, whose fast paths skip it; the model
-            is attached already; the bank is empty or has saved modules. Nothing has changed then.
+            or the bank is attached already; the bank is empty or has saved modules; an adapter
+            lacks a layer. Nothing has changed then.
+
+    Warns:
+        UserWarning: an adapter's config names another base model than ``model.config``.
+
+    Notes:
+        - The base is not frozen: ``requires_grad`` stays as it is. To train adapters alone:
+          ``model.requires_grad_(False)``, then ``optimizer = AdamW(bank.trainable(names))``.
+        - The ``lora_dropout`` of a config is not applied, in training either.
+        - A mixture is the model's: every forward inside the with block uses it, in any thread.
+        - With per="sample" the first axis of every module's input must be the batch.
+        - Code that reads ``module.weight`` instead of calling the module gets no update.
+        - ``model.half()`` and the like also round the bank, for good.
 
     Example:
         >>> handle = attach(model, bank)
-        >>> with handle.mix(Mixture.rows([{"math": 0.7, "code": 0.3}, None])):
+        >>> with handle.mix([{"math": 0.7, "code": 0.3}, None]):
         ...     model.generate(**batch)
         >>> handle.detach()
     """
-    if saved_modules not in ("error", "ignore", "apply"):
-        rule = "be 'error', 'ignore' or 'apply'"
-        raise invalid(_OP, "saved_modules", rule, repr(saved_modules))
+    check_words(saved_modules, missing, impl)
     if any(_site(module) for module in model.modules()):
         raise invalid(_OP, "model", "be detached", "an attached model (see handle_of)")
     if not len(bank):
         raise invalid(_OP, "bank", "hold at least one adapter", "an empty bank")
-    check_saved_policy(_OP, bank, saved_modules)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    targets = _targets(bank, modules)
-    heads = check_saved(_OP, bank, modules) if saved_modules == "apply" else {}
-    layers = {**targets, **heads}
-    _check_distinct(layers)
-    for name, module in targets.items():
+    named, wanted = dict(model.named_modules(remove_duplicate=False)), chooser(bank, modules)
+    saved = saved_of(_OP, bank, named, saved_modules)
+    adapted = targets(bank, named, wanted)
+    heads = check_saved(_OP, bank, saved, named) if saved_modules == "apply" else {}
+    layers = {**adapted, **heads}
+    check_distinct(layers)
+    check_missing(bank, named, wanted, missing)
+    check_base(bank, model)
+    for name, module in adapted.items():
         bank.stacks[name].to(module.weight.device)
-    saved = list(bank.saved.values()) if heads else []
-    routing = Routing(bank, dict(bank.stacks), tuple(layers), saved_modules, saved)
+    stacks = {name: bank.stacks[name] for name in adapted}
+    options = Options(saved_modules, impl, frozenset(bank.stacks.keys() - stacks.keys()))
+    routing = Routing(bank, stacks, tuple(layers), options, saved)
     for name, module in heads.items():
         equip(module, name, routing)
-    for name, module in targets.items():
+    for name, module in adapted.items():
         module.__class__ = layer_class(module)
         module.lora_stack = bank.stacks[name]
         module.lora_site = Site(name, routing)
@@ -93,6 +130,17 @@ class Handle:
     def bank(self) -> AdapterBank:
         return self._routing.bank
 
+    def __repr__(self) -> str:
+        names, source = self.bank.names, self._routing.active.source
+        shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+        state = "idle" if self._routing.attached else "detached"
+        if isinstance(source, Mixture):
+            rows = f"{len(source)} {source.per}s" if len(source) > 1 else "all rows"
+            state = f"a Mixture for {rows} in force"
+        elif source is not None:
+            state = f"router {getattr(source, '__qualname__', type(source).__name__)} in force"
+        return f"Handle({len(names)} adapters ({shown}), {len(self._layers)} modules, {state})"
+
     def mix(self, mixture: Mixture | Row | Sequence[Row]) -> AbstractContextManager[None]:
         """Put a mixture in force for the forwards (and backwards) inside the with block.
 
@@ -104,11 +152,11 @@ class Handle:
         a compiled layer inside an uncompiled checkpoint, which cannot tell.
         """
         self._routing.check_bank("mix")
-        check_saved_policy("mix", self.bank, self._routing.saved_modules)
+        self._check_saved("mix")
         mixture = _as_mixture(mixture)
         route = mixture.resolve(self.bank)
         rows = None
-        if self._routing.saved_modules == "apply" and self.bank.saved:
+        if self._routing.options.saved_modules == "apply" and self.bank.saved:
             rows = saved_rows(self._routing, route)
         return Using(self._routing, Active(mixture, route, saved_rows=rows))
 
@@ -122,8 +170,8 @@ class Handle:
         if per not in ("sample", "token"):
             raise invalid("route", "per", "be 'sample' or 'token'", repr(per))
         self._routing.check_bank("route")
-        check_saved_policy("route", self.bank, self._routing.saved_modules)
-        if self._routing.saved:
+        self._check_saved("route")
+        if any(saved.trained for saved in self._routing.saved):
             rule = "be 'error' or 'ignore' for a router, which picks no single adapter per row"
             raise invalid("route", "saved_modules", rule, "'apply'")
         bank, version = self.bank, self.bank.version
@@ -153,15 +201,16 @@ class Handle:
                     delattr(layer, name)
             del layer.lora_site
             layer.__class__ = type(layer).__mro__[2]  # after our class and its mixin
-        routing.attached = False
+        routing.release()
 
-
-def check_saved_policy(op: str, bank: AdapterBank, policy: str) -> None:
-    """Refuse saved modules where nobody said what to do with them."""
-    if policy == "error" and bank.saved:
-        found = {name: sorted(owners(tensors)) for name, tensors in bank.saved.items()}
-        rule = "have no saved modules (pass saved_modules='ignore' or 'apply')"
-        raise invalid(op, "bank", rule, found)
+    def _check_saved(self, op: str) -> None:
+        routing = self._routing
+        known = {id(saved.tensors) for saved in routing.saved}
+        if any(id(tensors) not in known for tensors in self.bank.saved.values()):
+            modules = dict(self.model.named_modules(remove_duplicate=False))
+            later = saved_of(op, self.bank, modules, routing.options.saved_modules, known)
+            # A trained copy that came later has no layer to run in; saved_rows refuses its rows.
+            routing.saved += [saved for saved in later if not saved.trained]
 
 
 def _as_mixture(mixture: object) -> Mixture:
@@ -177,52 +226,3 @@ def _as_mixture(mixture: object) -> Mixture:
 
 def _site(module: nn.Module) -> Site | None:
     return getattr(module, "lora_site", None)
-
-
-def _targets(bank: AdapterBank, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The model's modules under the bank's names, each checked."""
-    missing = [name for name in bank.stacks if name not in modules]
-    if missing:
-        raise invalid(_OP, "model", "have every module of the bank", _missing(missing, modules))
-    for name, stack in bank.stacks.items():
-        _check_target(f"module {name!r}", modules[name], stack)
-        check_forward(_OP, f"module {name!r}", name, modules)
-    return {name: modules[name] for name in bank.stacks}
-
-
-def _check_distinct(layers: dict[str, nn.Module]) -> None:
-    first: dict[int, str] = {}
-    for name, module in layers.items():
-        other = first.setdefault(id(module), name)
-        if other != name:
-            rule = "be adapted under one name"
-            raise invalid(_OP, f"module {name!r}", rule, f"the same module as {other!r}")
-
-
-def _check_target(what: str, module: nn.Module, stack: AdapterStack) -> None:
-    if layer_class(module) is None:
-        rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D"
-        raise invalid(_OP, what, rule, f"{type(module).__module__}.{type(module).__qualname__}")
-    embedding = isinstance(module, nn.Embedding)
-    if embedding != stack.embedding:
-        kinds = ("a linear layer", "an embedding")
-        rule = f"be {kinds[stack.embedding]}, as the bank's adapters of it are"
-        raise invalid(_OP, what, rule, kinds[embedding])
-    if embedding and (module.max_norm is not None or module.scale_grad_by_freq):
-        raise invalid(_OP, what, "have no max_norm and no scale_grad_by_freq", module)
-    if stack.row_start is None and embedding:
-        raise invalid(_OP, what, "have a packed stack", "a slotted one")
-    sizes = (stack.in_features, stack.out_features)
-    if layer_sizes(module) != sizes:
-        rule = f"have the adapters' in and out features {sizes}"
-        raise invalid(_OP, what, rule, layer_sizes(module))
-
-
-def _missing(names: list[str], modules: dict[str, nn.Module]) -> str:
-    known = [name for name, module in modules.items() if layer_class(module) is not None]
-    lines = []
-    for name in names[:5]:
-        close = get_close_matches(name, known, n=2, cutoff=0.5)
-        lines.append(f"{name!r} (close: {', '.join(map(repr, close)) or 'none'})")
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"no {', '.join(lines)}{more}"

@@ -59,7 +59,7 @@ class MixtureLayer:
             raise invalid(name, "layer", "have adapters (see from_linear and attach)", "none")
 
     def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
-        stack = self.lora_stack
+        stack, site = self.lora_stack, self.lora_site
         return mixture_lora(
             x,
             *stack.factors(),
@@ -71,6 +71,7 @@ class MixtureLayer:
             row_mixture=route.row_mixture,
             max_rank=stack.max_rank,
             base=base,
+            impl="auto" if site is None else site.routing.options.impl,
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,6 +36,30 @@ class Active:
     saved_rows: dict[int | None, Tensor | None] | None = None
 
 
+class Options(NamedTuple):
+    """What attach was told; ``left_out`` are the bank's modules that it was told not to attach."""
+
+    saved_modules: str
+    impl: str
+    left_out: frozenset[str]
+
+
+class Saved(NamedTuple):
+    """An adapter's saved tensors as they stand in ``bank.saved``, and those that need a layer."""
+
+    tensors: dict[str, Tensor]
+    trained: dict[str, Tensor]
+
+
+# id of a stack -> the Routing whose layers hold it, which keeps the stack alive as long as itself.
+_HOLDERS: weakref.WeakValueDictionary[int, "Routing"] = weakref.WeakValueDictionary()
+
+
+def holder(stack: AdapterStack) -> "Routing | None":
+    """Who holds a stack; a copy of a stack is held by whoever copied its model."""
+    return _HOLDERS.get(id(stack))
+
+
 class Routing:
     """One plain object per model, held by all of its attached layers.
 
@@ -44,8 +69,7 @@ class Routing:
     Attributes:
         stacks: module name -> the AdapterStack that its layer holds.
         names: of all attached modules.
-        saved_modules: the policy given to ``attach``.
-        saved: with "apply", each adapter's saved tensors, as they stand in ``bank.saved``.
+        saved: the adapters' saved tensors that were looked at; none if they are ignored.
         position: module name -> its index in ``bank.modules``, the order of per-module weights.
     """
 
@@ -54,13 +78,14 @@ class Routing:
         bank: AdapterBank,
         stacks: dict[str, AdapterStack],
         names: tuple[str, ...],
-        saved_modules: str,
-        saved: list[dict[str, Tensor]],
+        options: Options,
+        saved: list[Saved],
     ):
         self.bank, self.stacks, self.names = bank, stacks, names
-        self.saved_modules, self.saved = saved_modules, saved
+        self.options, self.saved = options, saved
         self.position = {name: i for i, name in enumerate(bank.modules)}
         self.attached = True
+        _HOLDERS.update({id(stack): self for stack in stacks.values()})
         ids = torch.full((1, 1), -1, dtype=torch.int32, device=bank.device)
         weights = torch.zeros(1, 1, device=bank.device)
         self._none = Route(ids, weights, None, "sample", bank.version)
@@ -73,7 +98,7 @@ class Routing:
 
     def __reduce__(self):
         # deepcopy and pickle take the bank along and leave the mixture in force behind.
-        return Routing, (self.bank, self.stacks, self.names, self.saved_modules, self.saved)
+        return Routing, (self.bank, self.stacks, self.names, self.options, self.saved)
 
     def current(self, name: str, x: Tensor) -> Route:
         """The route of one module, on the device of its input."""
@@ -115,11 +140,17 @@ class Routing:
         if not self.attached:
             raise RuntimeError(f"{op}: the model must be attached, got a handle that was detached")
 
+    def release(self) -> None:
+        """Let go of the stacks: the model is detached."""
+        self.attached = False
+        for stack in self.stacks.values():
+            _HOLDERS.pop(id(stack), None)
+
     def check_bank(self, op: str) -> None:
         """Check that the layers still fit the bank, which may have changed since ``attach``."""
         self.check_attached(op)
         for name, stack in self.bank.stacks.items():
-            if self.stacks.get(name) is not stack:
+            if self.stacks.get(name) is not stack and name not in self.options.left_out:
                 raise RuntimeError(
                     f"{op}: the bank must hold the modules it had when it was attached, got "
                     f"{name!r} added since; detach and attach again"

@@ -6,6 +6,7 @@ the same computation row by row.
 
 import functools
 from collections import defaultdict
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid, shape
 from lora_fused.mixture import Route
-from lora_fused.nn.routing import Routing, Site, check_forward, check_rows
+from lora_fused.nn.routing import Routing, Saved, Site, check_forward, check_rows
 
 
 def owners(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -25,21 +26,79 @@ def owners(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return dict(table)
 
 
-def check_saved(op: str, bank: AdapterBank, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def saved_of(
+    op: str,
+    bank: AdapterBank,
+    modules: dict[str, nn.Module],
+    policy: str,
+    known: Container[int] = (),
+) -> list[Saved]:
+    """The bank's saved tensors but for those of ids ``known``; refused if the policy is "error".
+
+    PEFT adds the base weights of adapted embeddings and heads to a file. Modules whose tensors are
+    all equal to the model's own are such copies, which nobody trained.
+    """
+    if policy == "ignore":
+        return []
+    found, refused = [], {}
+    for adapter, tensors in bank.saved.items():
+        if id(tensors) in known:
+            continue
+        differing = {
+            name: text
+            for name, leaves in owners(tensors).items()
+            if (text := _difference(leaves, modules.get(name)))
+        }
+        trained = {p: t for p, t in tensors.items() if p.rpartition(".")[0] in differing}
+        found.append(Saved(tensors, trained))
+        if differing:
+            refused[adapter] = [f"{name} ({differing[name]})" for name in sorted(differing)]
+    if refused and policy == "error":
+        rule = "have no saved modules (pass saved_modules='ignore' or 'apply')"
+        raise invalid(op, "bank", rule, refused)
+    return found
+
+
+def _difference(leaves: dict[str, Tensor], module: nn.Module | None) -> str | None:
+    """How a module's saved tensors differ from its own; None if they do not."""
+    if module is None:
+        return "the model has none"
+    own = _own(module)
+    for leaf, tensor in leaves.items():
+        mine = own.get(leaf)
+        if mine is None:
+            return f"the model's has no {leaf}"
+        if mine.shape != tensor.shape:
+            return f"{leaf} is {shape(tensor)}, the model's {shape(mine)}"
+        if mine.is_meta or mine.is_floating_point() != tensor.is_floating_point():
+            return f"{leaf} is {tensor.dtype}, the model's {mine.dtype} on {mine.device}"
+        # In the narrower dtype: a model, or a file, may have been rounded since.
+        narrow = min(mine.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+        mine, tensor = mine.detach().to(narrow), tensor.to(mine.device, narrow)
+        if not torch.equal(mine, tensor):
+            gap = (mine.float() - tensor.float()).abs().max().item()
+            return f"{leaf} differs by up to {gap:.3g}"
+    return None
+
+
+def check_saved(
+    op: str, bank: AdapterBank, saved: list[Saved], modules: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
     """Check the bank's saved modules against the model's; return those that have copies."""
     found = {}
-    for adapter, tensors in bank.saved.items():
-        for name, leaves in owners(tensors).items():
+    for adapter, each in zip(bank.saved, saved, strict=True):
+        for name, leaves in owners(each.trained).items():
             what = f"saved module {name!r} of adapter {adapter!r}"
             if name not in modules:
                 raise invalid(op, what, "be a module of the model", "none of that name")
             if name == "":
                 raise invalid(op, what, "be a submodule", "the model itself")
             if name in bank.stacks:
-                raise invalid(op, what, "not be adapted as well", "a module of the bank")
+                rule = "not be adapted as well, unless it equals the model's own"
+                raise invalid(op, what, rule, _difference(leaves, modules[name]))
             module = found[name] = modules[name]
             check_forward(op, what, name, modules)
-            own = {**dict(module.named_parameters(recurse=False)), **_persistent(module)}
+            own = _own(module)
             if leaves.keys() != own.keys():
                 raise invalid(op, what, f"have the tensors {sorted(own)}", sorted(leaves))
             for leaf, tensor in leaves.items():
@@ -58,7 +117,11 @@ def saved_rows(routing: Routing, route: Route) -> dict[int | None, Tensor | None
     bank = routing.bank
     names = {bank.id(name): name for name in bank.names}
     table = [{k for k in ids if k in names} for ids in route.adapter_ids.tolist()]
-    picks = [_pick(routing, [names[k] for k in sorted(ids)], row) for row, ids in enumerate(table)]
+    position = {id(saved.tensors): i for i, saved in enumerate(routing.saved)}
+    picks = [
+        _pick(routing, position, [names[k] for k in sorted(ids)], row)
+        for row, ids in enumerate(table)
+    ]
     if len(set(picks)) <= 1:
         return {picks[0] if picks else None: None}
     if route.row_mixture is not None:
@@ -73,21 +136,20 @@ def saved_rows(routing: Routing, route: Route) -> dict[int | None, Tensor | None
     }
 
 
-def _pick(routing: Routing, names: list[str], row: int) -> int | None:
-    saved = [name for name in names if name in routing.bank.saved]
-    if not saved:
-        return None
-    if len(names) > 1:
-        rule = f"name one adapter, for {saved} have saved modules (or attach with 'ignore')"
+def _pick(routing: Routing, position: dict[int, int], names: list[str], row: int) -> int | None:
+    found = {name: routing.bank.saved[name] for name in names if name in routing.bank.saved}
+    late = next((name for name, tensors in found.items() if id(tensors) not in position), None)
+    if late is not None:
+        raise RuntimeError(
+            f"mix: adapter {late!r} must have been in the bank when it was attached, for it has "
+            "saved modules, got one added since; detach and attach again"
+        )
+    picks = {name: position[id(tensors)] for name, tensors in found.items()}
+    picks = {name: at for name, at in picks.items() if routing.saved[at].trained}
+    if picks and len(names) > 1:
+        rule = f"name one adapter, for {list(picks)} have saved modules (or attach with 'ignore')"
         raise invalid("mix", f"mixture row {row}", rule, names)
-    tensors = routing.bank.saved[saved[0]]
-    for position, known in enumerate(routing.saved):
-        if known is tensors:
-            return position
-    raise RuntimeError(
-        f"mix: adapter {saved[0]!r} must have been in the bank when it was attached, for it has "
-        "saved modules, got one added since; detach and attach again"
-    )
+    return next(iter(picks.values()), None)
 
 
 class SavedLayer:
@@ -139,8 +201,8 @@ def equip(module: nn.Module, name: str, routing: Routing) -> None:
     own = {**module._parameters, **module._buffers}
     held = nn.Module()
     positions = []
-    for position, tensors in enumerate(routing.saved):
-        leaves = owners(tensors).get(name, {})
+    for position, saved in enumerate(routing.saved):
+        leaves = owners(saved.trained).get(name, {})
         if leaves:
             positions.append(position)
         for leaf, tensor in leaves.items():
@@ -155,6 +217,7 @@ def _saved_class(base: type) -> type:
     return type(f"Saved{base.__name__}", (SavedLayer, base), {"__doc__": SavedLayer.__doc__})
 
 
-def _persistent(module: nn.Module) -> dict[str, Tensor]:
+def _own(module: nn.Module) -> dict[str, Tensor]:
     skip = module._non_persistent_buffers_set
-    return {n: t for n, t in module.named_buffers(recurse=False) if n not in skip}
+    buffers = {n: t for n, t in module.named_buffers(recurse=False) if n not in skip}
+    return {**dict(module.named_parameters(recurse=False)), **buffers}

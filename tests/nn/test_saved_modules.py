@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
-from support.models import with_peft
+from support.models import tiny_llama, tokens, with_peft
 from torch import nn
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture
+from lora_fused.io import load_adapters
 from lora_fused.nn import attach, handle_of
 from lora_fused.testing import assert_within_budget
 
@@ -216,3 +217,72 @@ def test_saved_modules_that_do_not_fit_are_refused(change, match):
     with pytest.raises(ValueError, match=f"attach: saved module .*{match}"):
         attach(model, bank_of(one), saved_modules="apply")
     assert type(model.proj) is nn.Linear and type(model.head[0]) is nn.Linear
+
+
+def of_peft(tmp_path) -> AdapterBank:
+    """An adapter of embedding and head as PEFT saves it: with the base weights of both."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "a")
+    bank = load_adapters([tmp_path / "a"])
+    assert sorted(bank.saved["a"]) == ["lm_head.weight", "model.embed_tokens.weight"]
+    return bank
+
+
+@pytest.mark.parametrize("policy", ["error", "apply"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untouched_copies_do_not_count(tmp_path, policy, dtype):
+    bank, model, x = of_peft(tmp_path), tiny_llama().to(dtype), tokens(2, 4, 61)
+    handle = attach(model, bank, saved_modules=policy)
+    with handle.mix([{"a": 0.5}, None]), torch.no_grad():
+        model(x)
+    with handle.route(lambda name, x: (torch.zeros(1, 1).int(), torch.ones(1, 1))):
+        model(x)
+    late = bank.adapter("a")
+    late.name = "late"
+    late.saved = {path: tensor.clone() for path, tensor in late.saved.items()}
+    bank.add(late)
+    with handle.mix({"a": 0.5, "late": 0.5}):
+        model(x)
+    assert bank.saved["late"] is late.saved  # kept for writing
+    late.saved = {"lm_head.weight": late.saved["lm_head.weight"] + 1}
+    late.name = "trained"
+    bank.add(late)
+    if policy == "error":
+        with pytest.raises(ValueError, match=r"{'trained': \['lm_head \(weight differs by up to 1"):
+            handle.mix("a")
+    else:
+        handle.mix("a")
+        with pytest.raises(RuntimeError, match="'trained' must have been in the bank"):
+            handle.mix("trained")
+
+
+@pytest.mark.parametrize(
+    "change, difference",
+    [
+        (lambda w: w[0, 0].add_(0.5), "weight differs by up to 0.5"),
+        (lambda w: w.resize_(62, 32).fill_(1.0), r"weight is \[62, 32\], the model's \[61, 32\]"),
+    ],
+    ids=["trained", "resized"],
+)
+def test_copies_that_differ_are_named(tmp_path, change, difference):
+    bank, model = of_peft(tmp_path), tiny_llama()
+    change(bank.saved["a"]["lm_head.weight"])
+    with pytest.raises(ValueError, match=rf"got {{'a': \[.lm_head \({difference}\).\]}}"):
+        attach(model, bank)
+    with pytest.raises(ValueError, match=f"'lm_head' of adapter 'a' must not be .* {difference}"):
+        attach(model, bank, saved_modules="apply")
+
+
+def test_untouched_copies_leave_the_other_modules_to_apply():
+    bank, x = bank_of(), inputs()
+    for tensors in bank.saved.values():
+        tensors["proj.weight"] = Classifier().proj.weight.detach().clone()
+        tensors["proj.bias"] = Classifier().proj.bias.detach().clone()
+    model = Classifier()
+    handle = attach(model, bank, saved_modules="apply")
+    with handle.mix(ROWS), torch.no_grad():
+        compare(model(x), ROWS, x)
+    with handle_of(copy.deepcopy(model)).mix(ROWS):
+        pass

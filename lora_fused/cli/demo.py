@@ -1,5 +1,6 @@
 """``lora-fused demo``: the main job on real input, packaged or the user's own."""
 
+import enum
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,14 @@ import typer
 from lora_fused.cli.console import Reporter, print_json, stdout, table
 
 OURS = "lora_fused, one batch"
+
+
+class SavedModules(str, enum.Enum):
+    """What to do about fully trained modules in the user's adapters; see ``attach``."""
+
+    error = "error"
+    ignore = "ignore"
+    apply = "apply"
 
 
 def demo(
@@ -23,6 +32,16 @@ def demo(
         Path | None,
         typer.Option(metavar="FILE", help="Lines for your model. Default: random tokens."),
     ] = None,
+    saved_modules: Annotated[
+        SavedModules,
+        typer.Option(
+            help="Heads saved with your adapters: refuse them, use the model's own, or apply them "
+            "(rows then have one adapter at most)."
+        ),
+    ] = SavedModules.error,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Allow adapters that name different base models.")
+    ] = False,
     cache: Annotated[
         Path, typer.Option(metavar="DIR", help="Where trained adapters are kept.")
     ] = Path(".cache/demo"),
@@ -44,13 +63,17 @@ def demo(
         raise typer.BadParameter("--adapters and --model must be given together")
     if text is not None and model is None:
         raise typer.BadParameter("--text must come with --adapters and --model")
-    from lora_fused.cli.demo_job import own_job, packaged_job
+    if model is None and (any_base or saved_modules is not SavedModules.error):
+        given = "--any-base" if any_base else "--saved-modules"
+        raise typer.BadParameter(f"{given} must come with --adapters and --model")
+    from lora_fused.cli.demo_job import Loading, own_job, packaged_job
 
     start = time.perf_counter()
     threads = threads or torch.get_num_threads()
     reporter = Reporter(quiet)
     if model is not None:
-        result = own_job(adapters, model, text, seed, threads, reporter)
+        loading = Loading(saved_modules.value, any_base)
+        result = own_job(adapters, model, text, seed, threads, reporter, loading)
     else:
         result = packaged_job(cache, tasks, epochs, seed, threads, reporter)
     result["seconds"] = round(time.perf_counter() - start, 1)

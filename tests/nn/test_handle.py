@@ -1,5 +1,7 @@
 """What a handle and a layer of its own take for a mixture, and what they refuse."""
 
+import threading
+
 import pytest
 import torch
 from support.models import Net, adapter, tokens
@@ -112,3 +114,25 @@ def test_a_layer_without_adapters_is_a_plain_layer():
     bank.add(adapter("a", 1))
     with pytest.raises(ValueError, match=r"MixtureLinear: layer must have adapters \(see from_l"):
         layer(x, Mixture.of({"a": 1.0}).resolve(bank))
+
+
+def test_training_adapters_alone_is_two_lines():
+    model, handle = attached()
+    assert all(p.requires_grad for p in model.parameters())  # attach freezes nothing
+    model.requires_grad_(False)
+    trained = handle.bank.trainable(["a"])
+    with handle.mix("a"):
+        model(tokens()).sum().backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in trained}
+
+
+def test_an_open_mixture_is_the_model_s_in_every_thread():
+    model, handle = attached()
+    found = []
+    with handle.mix("a"):
+        thread = threading.Thread(target=lambda: found.append(model(tokens())))
+        thread.start()
+        thread.join()
+        assert torch.equal(found[0], model(tokens()))
+        past = nn.functional.linear(model.embed(tokens()), model.up.weight, model.up.bias)
+        assert not torch.equal(past, model.up(model.embed(tokens())))  # no update past forward

@@ -24,10 +24,10 @@ def _matmul_kernel(
     tl.store(c_ptr + rows[:, None] * stride_c + cols[None, :], out)
 
 
-def launch_matmul(offset: int = 0, stride: int = 512, **options) -> None:
+def launch_matmul(offset: int = 0, stride: int = 512, block: int = 32, **options) -> None:
     a, b = (torch.empty(64 * stride + offset, dtype=torch.bfloat16)[offset:] for _ in range(2))
     c = torch.empty(64 * 64, dtype=torch.bfloat16)
-    _matmul_kernel[(1, 1)](a, b, c, 64, stride, stride, 64, BLOCK=32, BLOCK_K=64, **options)
+    _matmul_kernel[(1, 1)](a, b, c, 64, stride, stride, 64, BLOCK=block, BLOCK_K=64, **options)
 
 
 def launch_that_fails() -> None:
@@ -63,7 +63,9 @@ def test_loads_of_16_bytes_are_lost_without_alignment(matmuls, case, target):
 
 def test_spills_are_seen():
     """Negative control: a tile of sums in fewer registers than it has."""
-    (compiled,) = aot.compile_launches(launch_matmul, [{"maxnreg": 24}], targets=["sm_80"])
+    (compiled,) = aot.compile_launches(
+        launch_matmul, [{"block": 64, "maxnreg": 32}], targets=["sm_80"]
+    )
     assert compiled.spills > 0
 
 

@@ -1,6 +1,7 @@
 """The typer application: its commands and the one way in which errors reach the user."""
 
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +15,24 @@ EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 
 
 class OneLineErrors(typer.core.TyperGroup):
-    """Every error is one line on stderr: exit code 2 for wrong usage, 1 for the rest."""
+    """Every error is one line on stderr: exit code 2 for wrong usage, 1 for the rest.
+
+    A warning is one line there, too, without the place in the code.
+    """
 
     def main(self, *args, standalone_mode=True, **options):
         try:
-            code = super().main(*args, standalone_mode=False, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                code = super().main(*args, standalone_mode=False, **options)
         except Exception as error:
             message, code = _describe(error)
             typer.echo(f"lora-fused: {message}", err=True)
         raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _warn(message, *place, **options) -> None:
+    typer.echo(f"lora-fused: warning: {_one_line(str(message))}", err=True)
 
 
 def _describe(error: Exception) -> tuple[str, int]:

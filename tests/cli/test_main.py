@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 
@@ -105,6 +106,21 @@ def test_any_error_in_a_command_is_one_line(run, monkeypatch, error, code, told)
     lines = result.stderr.splitlines()
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
+
+
+def test_a_warning_is_one_line(run, monkeypatch):
+    def warn():
+        warnings.warn("two\n lines", stacklevel=1)
+        return {"backends": {}, "versions": {}, "threads": 1, "native": {}, "environment": {}}
+
+    monkeypatch.setattr("lora_fused.cli.info.collect", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        result = run("info", "--json")
+        assert warnings.showwarning is before
+    assert result.stderr == "lora-fused: warning: two lines\n"
+    assert result.exit_code == 0
 
 
 def test_an_interrupted_process_shows_no_traceback():

@@ -41,7 +41,7 @@ def load_adapters(
         dtype: Storage dtype of a new bank, also by name (``"bfloat16"``). Default: the files' own
             if all agree, else float32.
         any_base: Allow adapters whose configs name different base models. Bases are compared by
-            the last part of their paths, in any case; a config that names none fits all.
+            the last part of their paths, ignoring case; a config that names none fits all.
         allow_pickle: See ``read_adapter``.
         on_progress: Called as on_progress(done, total) after each file.
 
@@ -136,15 +136,18 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _check_bases(adapters: Sequence[Adapter], bank: AdapterBank) -> None:
     """Refuse adapters of another base: their update would be added to a model it was not made for.
 
-    Only the last part of a path counts, for the rest is where the model lay on somebody's machine.
+    Only the last part of a path counts, for the rest is where the model lay on somebody's machine;
+    in a hub's cache the last part is a hash, and the folder ``models--<owner>--<name>`` counts.
     """
     held = [(f"adapter {name!r} of the bank", bank.metadata[name]) for name in bank]
     known = None
     for owner, metadata in [*held, *((a.metadata["path"], a.metadata) for a in adapters)]:
         base = (metadata.get("config") or {}).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base.strip("/\\"):
+        parts = re.findall(r"[^/\\]+", base) if isinstance(base, str) else []
+        if not parts:
             continue
-        last = re.split(r"[/\\]", base.rstrip("/\\"))[-1].casefold()
+        cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+        last = [*parts, *cached][-1].casefold()
         known = known or (last, base, owner)
         if last != known[0]:
             where = f"base_model_name_or_path of {owner}"

@@ -162,6 +162,7 @@ def test_bases_must_agree(plain_adapter, folder):
         "c": "model/",
         "d": None,
         "e": "",
+        "g": "/home/x/hub/models--some--model/snapshots/0123abcd/",
         "f": "somewhere/model-2",
     }
     paths = {
@@ -170,14 +171,14 @@ def test_bases_must_agree(plain_adapter, folder):
     }
     other = paths.pop("f")
     bank = load_adapters(paths)
-    assert bank.names == list("abcde")
+    assert bank.names == list("abcdeg")
     message = r"of .*/f must be 'somewhere/model' as in .*/a \(any_base.*got 'somewhere/model-2'"
     with pytest.raises(ValueError, match=message):
         load_adapters([*paths.values(), other])
     with pytest.raises(ValueError, match=r"of .*/f must be 'somewhere/model' as in adapter 'a'"):
         load_adapters(other, bank=bank)
-    assert_untouched(bank, list("abcde"))
-    assert load_adapters(other, bank=bank, any_base=True).names == list("abcdef")
+    assert_untouched(bank, list("abcdeg"))
+    assert load_adapters(other, bank=bank, any_base=True).names == list("abcdegf")
     assert load_adapters([paths["d"], other]).names == ["d", "f"]
 
 

@@ -27,7 +27,8 @@ class OneLineErrors(typer.core.TyperGroup):
                 code = super().main(*args, standalone_mode=False, **options)
         except Exception as error:
             message, code = _describe(error)
-            typer.echo(f"lora-fused: {message}", err=True)
+            if message:
+                typer.echo(f"lora-fused: {message}", err=True)
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -39,7 +40,8 @@ def _describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.Abort):
         return "interrupted", 130
     if hasattr(error, "format_message"):  # a usage error; its class moved between typer versions
-        return _one_line(f"{error.format_message()} (see lora-fused --help)"), error.exit_code
+        told = error.format_message()  # nothing where typer has shown the help itself
+        return _one_line(f"{told} (see lora-fused --help)") if told else "", error.exit_code
     if isinstance(error, EXPECTED):
         return _one_line(str(error) or type(error).__name__), 1
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -80,6 +80,12 @@ def test_help_promises_what_there_is(run):
     assert not any(word in text for word in ("retrieve", "compress", "recycle"))
 
 
+def test_without_a_command_there_is_the_help_alone(run):
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage" in result.output and "lora-fused: " not in result.output
+
+
 def test_version(run):
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"lora-fused {lora_fused.__version__}\n")

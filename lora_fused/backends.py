@@ -6,6 +6,7 @@ implementation, ``lora-fused info`` and the test skip all show.
 """
 
 import importlib.util
+import os
 import warnings
 
 import torch  # before the extension, which resolves its symbols against the torch already loaded
@@ -26,20 +27,33 @@ def _load_native() -> tuple[object | None, str | None]:
     return _C, None
 
 
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if torch.cuda.is_available() or INTERPRETING:
+        return None
+    return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests"
+
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE, NATIVE_ERROR = _load_native()
-ERRORS = {"reference": None, "native": NATIVE_ERROR}
+TRITON_ERROR = _why_no_triton()
+ERRORS = {"reference": None, "native": NATIVE_ERROR, "triton": TRITON_ERROR}
 
 
 def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve ``impl`` to the implementation that will run; a named one never falls back."""
     if impl == "auto":
-        usable = NATIVE_ERROR is None and device.type == "cpu" and dtype != torch.float64
-        return "native" if usable else "reference"
+        fast = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
+        usable = ERRORS[fast] is None and dtype != torch.float64
+        return fast if usable else "reference"
     if impl not in ERRORS:
         names = ", ".join(["auto", *ERRORS])
         raise ValueError(f"{op}: impl must be one of {names}, got {impl!r}")
     if ERRORS[impl] is not None:
         raise RuntimeError(f"{op}: impl must be usable here, got {impl!r}: {ERRORS[impl]}")
-    if impl == "native" and device.type != "cpu":
-        raise RuntimeError(f"{op}: impl 'native' must get CPU tensors, got device {device}")
+    devices = {"native": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETING else ("cuda",)}
+    if device.type not in devices.get(impl, (device.type,)):
+        wanted = " or ".join(devices[impl])
+        raise RuntimeError(f"{op}: impl {impl!r} must get {wanted} tensors, got device {device}")
     return impl

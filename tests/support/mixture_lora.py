@@ -7,7 +7,7 @@ from torch import Tensor
 from lora_fused import backends, testing
 from lora_fused.ops import mixture_lora
 
-IMPLS = ("reference", "native")
+IMPLS = ("reference", "native", "triton")
 FORMS = ("packed", "plain", "vllm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAVES = ("x", "lora_a", "lora_b", "weights", "scale", "base")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_fused.backends import choose
 from lora_fused.ops.mixture_lora import contract, reference, registration
+from lora_fused.ops.mixture_lora import plan as plans
 
 
 def mixture_lora(
@@ -20,6 +21,7 @@ def mixture_lora(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     row_mixture: Tensor | None = None,
+    plan: plans.MixturePlan | None = None,
     max_rank: int | None = None,
     base: Tensor | None = None,
     impl: str = "auto",
@@ -42,11 +44,13 @@ def mixture_lora(
         ranks: Slotted form only: ranks in use, ``[K]`` int32. Default: R for all.
         row_mixture: ``[S]`` int32, S divides N: consecutive N // S rows use mixture
             ``row_mixture[s]``. Default: arange(M), so M divides N.
-        max_rank: Largest rank of a packed stack, where the caller knows it on the host; spares the
-            reference a read of ``row_start``. Native ignores it.
+        plan: ``make_plan(adapter_ids, row_mixture, N)``, where several layers share one. Triton
+            alone uses it; default: made inside.
+        max_rank: Largest rank of a packed stack, where the caller knows it on the host; spares
+            Triton and the reference a read of ``row_start``. Native ignores it.
         base: The frozen layer's output, ``[..., O]``; never written. Default: the update alone.
-        impl: ``"reference"``, ``"native"`` or ``"auto"``: native for CPU tensors if built, else
-            reference. A named implementation never falls back.
+        impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``: native for CPU tensors if
+            built, Triton for CUDA, else reference. A named implementation never falls back.
 
     Returns:
         ``[..., O]`` in ``base.dtype``, or in ``x.dtype`` without base.
@@ -96,7 +100,14 @@ def mixture_lora(
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
     if name == "native":
         return registration.forward(*flat).reshape(out_shape)
+    bound = plans.rank_bound(row_start, max_rank)
+    if name == "triton":
+        bound = plans.scratch_rank(lora_a, row_start, bound)
+        plan = plans.check_plan(plan, flat[0], adapter_ids) or plans.make_plan(
+            flat[5], row_mixture, flat[0].shape[0]
+        )
+        return registration.forward(*flat, name, bound, tuple(plan)).reshape(out_shape)
     # Autocast would round the intermediates.
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-        y = reference.forward(*flat, max_rank=contract.rank_bound(row_start, max_rank))
+        y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)

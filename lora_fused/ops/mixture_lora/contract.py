@@ -104,18 +104,6 @@ def check_base(base: Tensor, x: Tensor, out_shape: tuple, name: str) -> None:
     _check_device(x.device, base=base)
 
 
-def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
-    """The largest rank of a packed stack; None where it cannot be read (T bounds it then)."""
-    if row_start is None or torch.compiler.is_compiling() or row_start.numel() < 2:
-        return max_rank
-    if max_rank is None or row_start.device.type == "cpu":
-        largest = int(row_start.diff().max())
-        if max_rank is not None and max_rank < largest:
-            raise invalid(OP, "max_rank", f"be at least the largest rank, {largest}", max_rank)
-        return largest
-    return max_rank
-
-
 def _read_as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() else t  # else left to be refused
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import lora_fused
 from lora_fused.backends import NATIVE
 
 PROBE_SECONDS = 0.15  # for each rate
@@ -52,7 +53,7 @@ def versions() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "triton": triton,
-        "version": metadata.version("lora-fused"),
+        "version": lora_fused.__version__,
         "commit": commit(),
     }
 

@@ -78,7 +78,9 @@ def unpack(requirement: str, folder: str, *, download: bool = True) -> Path:
         members = [m for m in archive.namelist() if m.startswith(f"{folder}/")]
         if not members:
             raise Unavailable(f"{requirement} has no {folder}")
-        archive.extractall(root, members)
+        partial = root.with_name(f"{root.name}.partial")
+        archive.extractall(partial, members)
+    partial.rename(root)  # only whole folders are found by the next run
     wheel.unlink()
     return root
 

@@ -41,8 +41,8 @@ class Case:
     K: int
     J: int
     R: int
-    I: int  # noqa: E741
-    O: int  # noqa: E741
+    I: int
+    O: int
     dtype: str = "float32"
 
     def __str__(self) -> str:

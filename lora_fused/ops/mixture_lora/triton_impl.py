@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fused.backends import INTERPRETING
 from lora_fused.ops.mixture_lora.plan import BLOCK_PAIRS, MixturePlan
 
 NONE = tl.constexpr(2**31 - 1)  # past every adapter id
@@ -187,8 +188,11 @@ def _mixture_lora_sum_kernel(value_ptr, order_ptr, run_ptr, out_ptr, BLOCK_P: tl
     tl.store(out_ptr + k, tl.sum(acc, 0).to(tl.float32))
 
 
-# float32 operands: three TF32 products keep the digits on NVIDIA's tensor cores.
-PRECISION = "ieee" if torch.version.hip else "tf32x3"
+def _precision() -> str:
+    """How float32 operands are multiplied: on NVIDIA, three TF32 products keep the digits."""
+    if INTERPRETING or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return "ieee"
+    return "tf32x3"
 
 
 @dataclasses.dataclass
@@ -241,8 +245,9 @@ class _Call:
             self.plan.pair_order, self.plan.pair_adapter, self.plan.block_start, h,
             columns, self.adapter_ids.shape[1], self.count, self.pairs, self.max_rank,
             SLICE, *x.stride(), side.stride(0), *side.stride()[-2:],
-            **self.form, PRECISION=PRECISION,
-            BLOCK_P=BLOCK_PAIRS, BLOCK_R=self.rank_block, BLOCK_I=128,
+            **self.form, PRECISION=_precision(),
+            BLOCK_P=BLOCK_PAIRS, BLOCK_R=self.rank_block,
+            BLOCK_I=256 // max(x.element_size(), side.element_size()),
         )  # fmt: skip
         return h
 
@@ -261,7 +266,7 @@ class _Call:
             *((0, 0) if base is None else base.stride()),
             **self.form, HAS_GROUPS=self.row_mixture is not None,
             HAS_SCALE=self.scale is not None, HAS_BASE=base is not None, SLICES=h.shape[0],
-            PRECISION=PRECISION, BLOCK_N=tile, BLOCK_J=triton.next_power_of_2(max(per_row, 1)),
+            PRECISION=_precision(), BLOCK_N=tile, BLOCK_J=triton.next_power_of_2(max(per_row, 1)),
             BLOCK_R=self.rank_block, BLOCK_O=64,
         )  # fmt: skip
         return y
@@ -276,7 +281,7 @@ class _Call:
         _mixture_lora_outer_kernel[(self.count, ranks, triton.cdiv(columns, 64))](
             h, x, self.row_start, self.ranks, factor, self.plan.pair_order, runs, out,
             columns, self.adapter_ids.shape[1], self.pairs, self.max_rank, *x.stride(),
-            **self.form, SLICES=h.shape[0], PRECISION=PRECISION,
+            **self.form, SLICES=h.shape[0], PRECISION=_precision(),
             BLOCK_P=BLOCK_PAIRS, BLOCK_R=self.rank_block, BLOCK_C=64,
         )  # fmt: skip
         return out

@@ -362,7 +362,9 @@ def test_rejects_a_max_rank_too_small():
 
 def test_impl_choice(monkeypatch):
     p = problem(12, 3, (3, 8), 17, 9)
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, native, got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="impl must be one of auto, reference, native, triton, got 'cuda'"
+    ):
         run(p, "cuda")
     built = backends.ERRORS["native"] is None
     assert torch.equal(run(p, "auto"), run(p, "native" if built else "reference"))

@@ -267,7 +267,7 @@ class _Call:
             **self.form, HAS_GROUPS=self.row_mixture is not None,
             HAS_SCALE=self.scale is not None, HAS_BASE=base is not None, SLICES=h.shape[0],
             PRECISION=_precision(), BLOCK_N=tile, BLOCK_J=triton.next_power_of_2(max(per_row, 1)),
-            BLOCK_R=self.rank_block, BLOCK_O=64,
+            BLOCK_R=min(32, self.rank_block), BLOCK_O=64,
         )  # fmt: skip
         return y
 

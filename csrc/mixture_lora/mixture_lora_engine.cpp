@@ -13,6 +13,8 @@ constexpr int64_t kRowChunk = 48;   // rows of a shrink task: their block of x s
 constexpr int64_t kRankChunk = 64;  // ranks of a shrink task
 constexpr int64_t kWidenRows = 12;  // rows that repay converting 16-bit ranks once
 constexpr int64_t kRoom = 1 << 16;  // floats of a thread's output block: 256 KiB, in L2
+constexpr int64_t kWideRoom = 1 << 20;  // where few rows share an adapter: long reads of B matter
+constexpr int64_t kFewRows = 6;         // a tile of rows; fewer do not repay a group of their own
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -86,11 +88,77 @@ void group_segments(Plan& plan) {
       plan.groups.push_back({s, s + 1, segment.rows, segment.rank, 0});
     }
   }
-  plan.h_size = 0;
-  for (Group& group : plan.groups) {
-    group.h = plan.h_size;
-    plan.h_size += group.rows * group.depth;
+}
+
+// Groups rows that use the same set of adapters, where there are enough of them: each row is then in
+// one group and each output element is written once. False, and nothing changed, where most rows
+// have a set of their own.
+bool group_by_set(Plan& plan, int64_t rows) {
+  struct Use {
+    int32_t segment, next;  // the row's uses as a list, adapters ascending
+    float factor;
+  };
+  static thread_local std::vector<Use> uses;
+  static thread_local std::vector<int32_t> head, tail;
+  static thread_local std::vector<std::pair<uint64_t, int32_t>> order;
+  if (rows < 2 * kFewRows || plan.segments.size() < 2) return false;
+  uses.clear();
+  head.assign(rows, -1);
+  tail.assign(rows, -1);
+  order.resize(rows);
+  for (int64_t i = 0; i < rows; ++i) order[i] = {0, int32_t(i)};
+  for (int64_t s = 0; s < int64_t(plan.segments.size()); ++s)
+    for (int64_t p = plan.segments[s].begin; p < plan.segments[s].begin + plan.segments[s].rows; ++p) {
+      const int32_t row = plan.row[p], use = int32_t(uses.size());
+      uses.push_back({int32_t(s), -1, plan.factor[p]});
+      (tail[row] < 0 ? head[row] : uses[tail[row]].next) = use;
+      tail[row] = use;
+      order[row].first = (order[row].first ^ uint64_t(s + 1)) * 0x9e3779b97f4a7c15u;
+    }
+  std::sort(order.begin(), order.end());
+  int64_t sets = 1;
+  for (int64_t i = 1; i < rows; ++i) {
+    if (order[i].first != order[i - 1].first) {
+      ++sets;
+      continue;
+    }
+    // Equal hashes must be equal sets.
+    int32_t a = head[order[i].second], b = head[order[i - 1].second];
+    for (; a >= 0 && b >= 0 && uses[a].segment == uses[b].segment; a = uses[a].next)
+      b = uses[b].next;
+    if (a != b) return false;
   }
+  if (rows < kFewRows * sets || sets == int64_t(plan.segments.size())) return false;
+
+  static thread_local std::vector<int32_t> row;
+  static thread_local std::vector<float> factor;
+  static thread_local std::vector<Segment> segments;
+  row.clear();
+  factor.clear();
+  segments.clear();
+  plan.groups.clear();
+  for (int64_t i = 0, end; i < rows; i = end) {
+    for (end = i + 1; end < rows && order[end].first == order[i].first;) ++end;
+    Group group = {int64_t(segments.size()), 0, end - i, 0, 0};
+    for (int32_t use = head[order[i].second]; use >= 0; use = uses[use].next) {
+      const Segment& old = plan.segments[uses[use].segment];
+      segments.push_back({old.adapter, old.rank, group.depth, int64_t(row.size()), end - i});
+      group.depth += old.rank;
+      for (int64_t r = i; r < end; ++r) {
+        int32_t& at = head[order[r].second];
+        const Use& own = uses[r == i ? use : at];
+        row.push_back(order[r].second);
+        factor.push_back(own.factor);
+        if (r > i) at = own.next;
+      }
+    }
+    group.last = int64_t(segments.size());
+    if (group.depth > 0) plan.groups.push_back(group);
+  }
+  plan.row.swap(row);
+  plan.factor.swap(factor);
+  plan.segments.swap(segments);
+  return true;
 }
 
 }  // namespace
@@ -139,7 +207,13 @@ void make_plan(const Stack& stack, const Route& route, int64_t first_row, int64_
     if (rank > 0)
       plan.segments.push_back({k, rank, 0, begin, int64_t(plan.row.size()) - begin});
   }
-  group_segments(plan);
+  // Backward sums an adapter's gradient over its rows, so it wants each adapter in one group.
+  if (want_pair_of || !group_by_set(plan, last_row - first_row)) group_segments(plan);
+  plan.h_size = 0;
+  for (Group& group : plan.groups) {
+    group.h = plan.h_size;
+    plan.h_size += group.rows * group.depth;
+  }
 }
 
 void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
@@ -229,8 +303,9 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
   if (count == 0 || side.columns == 0) return;
   const int64_t cost = plan.h_size * side.columns, threads = threads_for(cost);
   const int64_t share = (side.columns + threads - 1) / threads;
-  const int64_t width =
-      round_up(std::max<int64_t>(64, std::min(share, kRoom / count / 64 * 64)), 64);
+  const bool few = visits(plan) < kFewRows * int64_t(plan.groups.size());
+  const int64_t room = (few ? kWideRoom : kRoom) / count / 64 * 64;
+  const int64_t width = round_up(std::max<int64_t>(64, std::min(share, room)), 64);
   const int64_t blocks = (side.columns + width - 1) / width;
   const bool once = visited_once(plan), untouched = visits(plan) < count;
   // Float32 rows that are whole vectors are summed where they end up.

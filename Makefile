@@ -12,15 +12,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
+# What a second Triton is asked: its interpreter, its compiler, and the kernels at their edges.
+NEXT := test_interpreter or test_mixture_lora_aot or (triton and (Edges or gradients))
+
 .PHONY: demo test bench clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/lora-fused demo
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.triton-next
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lora-fused info
+	PYTHONPATH=$(VENV)/triton-next $(BIN)/python -m pytest tests/kernels tests/ops -k "$(NEXT)"
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test
@@ -41,6 +45,12 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation --editable '.[dev]' triton
+	touch $@
+
+# Beside the pinned one, for a second, shorter pass.
+$(VENV)/.triton-next: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/triton-next 'triton==3.9.*'
 	touch $@
 
 clean:

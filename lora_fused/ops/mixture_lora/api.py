@@ -1,11 +1,11 @@
 """The public mixture_lora: contract, checks, choice of implementation."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
 
-from lora_fused.backends import choose
+from lora_fused.backends import ERRORS, choose
 from lora_fused.ops.mixture_lora import contract, reference, registration
 from lora_fused.ops.mixture_lora import plan as plans
 
@@ -78,6 +78,12 @@ def mixture_lora(
         >>> a, b = stack.factors()
         >>> y = mixture_lora(x, a, b, stack.row_start, ids, weights, scale=stack.scale)
     """
+    args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
+    if impl in ("auto", "native") and _is_plain(x, adapter_ids, weights, scale, base):
+        # A decode step: the kernel refuses what does not fit, and what it refuses is explained or
+        # sent to the reference below. Checking first would double the time of the call.
+        with suppress(RuntimeError, IndexError):
+            return registration.forward(x, *args)
     device = x.device
     autocast = torch.amp.is_autocast_available(device.type)
     if autocast and torch.is_autocast_enabled(device.type) and x.dtype in contract.STORAGE:
@@ -86,7 +92,6 @@ def mixture_lora(
     widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
     widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
     name = choose(contract.OP, impl, device, widest)
-    args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
     lined_up = base is None or base.shape[:-1] == x.shape[:-1]  # flattening would hide it
     if name == "native" and lined_up and not torch.compiler.is_compiling():
         # The kernel refuses what does not fit; only then is it worth 10 us to find out what.
@@ -111,3 +116,18 @@ def mixture_lora(
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
         y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)
+
+
+def _is_plain(x, adapter_ids, weights, scale, base) -> bool:
+    """Whether the native kernel can take the arguments as they are, in eager mode."""
+    return (
+        ERRORS["native"] is None
+        and x.is_cpu
+        and x.dim() == 2
+        and adapter_ids.dtype == torch.int32
+        and weights.dtype == torch.float32
+        and (scale is None or scale.dtype == torch.float32)
+        and (base is None or base.dim() == 2)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )

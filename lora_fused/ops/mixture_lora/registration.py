@@ -123,9 +123,13 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Run an implementation's operator, through autograd only where a gradient is wanted."""
     args = (x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
-    differentiable = (x, lora_a, lora_b, weights, scale, base)
-    wanted = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or weights.requires_grad
+        or (scale is not None and scale.requires_grad)
+        or (base is not None and base.requires_grad)
     )
     # In forward mode the Function raises; the bare operator would return a tangent of zero.
     if wanted or forward_ad._current_level >= 0:

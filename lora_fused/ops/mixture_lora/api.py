@@ -79,11 +79,12 @@ def mixture_lora(
         >>> y = mixture_lora(x, a, b, stack.row_start, ids, weights, scale=stack.scale)
     """
     args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
-    if impl in ("auto", "native") and _is_plain(x, adapter_ids, weights, scale, base):
-        # A decode step: the kernel refuses what does not fit, and what it refuses is explained or
-        # sent to the reference below. Checking first would double the time of the call.
+    if impl in ("auto", "native") and _is_eager_cpu(x, base):
+        # The kernel refuses what does not fit, and what it refuses is explained or sent to the
+        # reference below. Checking first would double the time of a decode step's call.
         with suppress(RuntimeError, IndexError):
-            return registration.forward(x, *args)
+            y = registration.forward(*contract.flatten(x, *args))
+            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
     device = x.device
     autocast = torch.amp.is_autocast_available(device.type)
     if autocast and torch.is_autocast_enabled(device.type) and x.dtype in contract.STORAGE:
@@ -92,15 +93,6 @@ def mixture_lora(
     widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
     widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
     name = choose(contract.OP, impl, device, widest)
-    lined_up = base is None or base.shape[:-1] == x.shape[:-1]  # flattening would hide it
-    if name == "native" and lined_up and not torch.compiler.is_compiling():
-        # The kernel refuses what does not fit; only then is it worth 10 us to find out what.
-        try:
-            y = registration.forward(*contract.flatten(x, *args))
-        except (RuntimeError, IndexError):
-            contract.check(x, *args, name)
-            raise
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
     contract.check(x, *args, name)
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
     if name == "native":
@@ -118,16 +110,12 @@ def mixture_lora(
     return y.reshape(out_shape)
 
 
-def _is_plain(x, adapter_ids, weights, scale, base) -> bool:
-    """Whether the native kernel can take the arguments as they are, in eager mode."""
+def _is_eager_cpu(x: Tensor, base: Tensor | None) -> bool:
+    """Whether the native kernel may be asked at once; it sees rows only, so base must line up."""
     return (
         ERRORS["native"] is None
         and x.is_cpu
-        and x.dim() == 2
-        and adapter_ids.dtype == torch.int32
-        and weights.dtype == torch.float32
-        and (scale is None or scale.dtype == torch.float32)
-        and (base is None or base.dim() == 2)
+        and (base is None or base.shape[:-1] == x.shape[:-1])
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -396,8 +396,8 @@ def _check_weights(bank: AdapterBank, weights: Mapping[str, float]) -> dict[str,
             bank.id(name)  # raises, naming the close ones
         if not isinstance(weight, SupportsFloat) or isinstance(weight, str | bool):
             raise invalid(_OP, f"weight of {name!r}", "be a number", repr(weight))
-        if not math.isfinite(float(weight)):
-            raise invalid(_OP, f"weight of {name!r}", "be finite", weight)
+        if not abs(float(weight)) <= torch.finfo(torch.float32).max:
+            raise invalid(_OP, f"weight of {name!r}", "be finite in float32", weight)
     weights = {name: float(weight) for name, weight in weights.items()}
     if not any(weights.values()):
         raise invalid(_OP, "weights", "hold a weight other than 0", weights)

@@ -1,0 +1,1 @@
+"""Randomized SVD of stacked adapters: batched, streamed, factored, with an error certificate."""

@@ -1,0 +1,33 @@
+"""Which method is cheapest, from sizes alone."""
+
+from lora_fused.ops.stacked_svd.subspace import FIRST_WIDTH
+
+# Measured on one AVX-512 core, float32, as shares of the best product's rate: a product with a
+# sketch runs at half of it, an eigendecomposition of side m costs 25 m^3.
+SKETCH, EIGEN = 2.0, 25.0
+SMALL_SIDE, SMALL_SIZE = 64, 1 << 20  # where LAPACK's SVD costs less than thinking about it
+
+
+def choose_method(
+    rows: int | None, columns: int, width: int | None, iterations: int, either_side: bool
+) -> str:
+    """The cheapest of exact, gram and krylov for M [T, I] and a sketch of ``width`` columns.
+
+    rows None: a stream, taken to be long. width None: the rank is not known. either_side: the Gram
+    matrix may be that of the rows.
+    """
+    side = columns if rows is None or not either_side else min(rows, columns)
+    if rows is not None and side <= SMALL_SIDE and rows * columns <= SMALL_SIZE:
+        return "exact"
+    width = FIRST_WIDTH * 4 if width is None else width
+    if iterations == 0:
+        return "randomized"
+    if width >= side:
+        return "gram"
+    length = 64 * columns if rows is None else rows
+    size = float(length) * columns
+    blocks, steps = -(-width // 2), 2 * iterations
+    krylov = SKETCH * size * blocks * (2 * steps + 1) + (length + columns) * (blocks * steps) ** 2
+    gram = size * side + SKETCH * size * width
+    gram += min(EIGEN * side**3, 10.0 * side * (4 * width) ** 2)
+    return "gram" if gram < krylov else "krylov"

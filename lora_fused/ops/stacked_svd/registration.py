@@ -1,0 +1,52 @@
+"""Schemas, shape functions and dispatch of stacked_svd's compiled implementations.
+
+One operator is one pass over rows in memory: with a basis it projects, without one it sketches with
+signs that it makes itself. The op has no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_fused.ops.stacked_svd import reference
+
+PASS = (
+    "(Tensor x, Tensor? weights, Tensor? mean, Tensor? basis, Tensor scale, "
+    "int seed, int width, bool want_y, bool want_z) -> (Tensor, Tensor)"
+)
+torch.library.define("lora_fused::stacked_svd_fwd_native", PASS)
+torch.library.define("lora_fused::stacked_svd_fwd_triton", PASS)
+
+
+@torch.library.register_fake("lora_fused::stacked_svd_fwd_native")
+@torch.library.register_fake("lora_fused::stacked_svd_fwd_triton")
+def _fwd_fake(x, weights, mean, basis, scale, seed, width, want_y, want_z) -> tuple[Tensor, Tensor]:
+    layers, rows, columns = x.shape
+    width = width if basis is None else basis.shape[-1]
+    y = x.new_empty((layers, rows, width) if want_y else (0,), dtype=torch.float32)
+    z = x.new_empty((layers, width, columns) if want_z else (0,), dtype=torch.float32)
+    return y, z
+
+
+@torch.library.impl("lora_fused::stacked_svd_fwd_triton", "CUDA")
+def _triton(*args) -> tuple[Tensor, Tensor]:
+    from lora_fused.ops.stacked_svd import triton_impl
+
+    return triton_impl.forward(*args)
+
+
+def has_kernel(impl: str, device: torch.device) -> bool:
+    """Whether ``impl`` has an operator for tensors on this device."""
+    if impl == "reference":
+        return True
+    key = {"cuda": "CUDA"}.get(device.type, "CPU")
+    name = f"lora_fused::stacked_svd_fwd_{impl}"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def forward(impl: str, *args) -> tuple[Tensor, Tensor]:
+    """Run one pass; arguments as reference.forward."""
+    if impl == "native":
+        return torch.ops.lora_fused.stacked_svd_fwd_native(*args)
+    if impl == "triton":
+        return torch.ops.lora_fused.stacked_svd_fwd_triton(*args)
+    return reference.forward(*args)

@@ -1,0 +1,237 @@
+"""What stacked_svd factorises, behind one method: sweep, a pass over all rows.
+
+A source knows its rows as pieces [L, T, I]: one tensor, chunks of one, or products of factors
+(factored.py). Whatever a sweep returns is summed over the process group.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lora_fused.checks import invalid, shape
+from lora_fused.ops.stacked_svd.contract import OP, STORAGE
+from lora_fused.ops.stacked_svd.group import Group
+from lora_fused.ops.stacked_svd.reference import blocks
+
+# float32 squares of row norms in this range neither overflow nor vanish.
+SAFE = (1e-15, 1e15)
+
+
+class Rows:
+    """Rows held as one tensor [L, T, I]; also what the other sources share.
+
+    Attributes:
+        layers, columns, device, dtype: dtype is what is computed in.
+        rows: here, T; known to a stream once it was read.
+        scale: [L] powers of two that bring the largest row norm to about 1.
+        total: [L] float64, squared Frobenius norm of the (unscaled) matrix, over the group.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor | None, run: Callable, seed: int, group: Group):
+        self.x, self.weights = x, weights
+        self.layers, rows, self.columns = x.shape
+        self.device = x.device
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.run, self.seed, self.group = run, seed, group
+        self.mean: Tensor | None = None
+        self.rows: int | None = rows
+        self.scale = torch.ones(self.layers, dtype=self.dtype, device=self.device)
+        self.total = torch.zeros(self.layers, dtype=torch.float64, device=self.device)
+        self.measured = False
+
+    def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Where (for messages), rows [L, t, I] and their weights [L, t]."""
+        yield "", self.x, self.weights
+
+    def sweep(
+        self,
+        basis: Tensor | None,
+        width: int = 0,
+        *,
+        want_y: bool = True,
+        want_z: bool = True,
+        run: Callable | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """y = scale * M @ basis of the rows here, and z = scale * y^T @ M over the group.
+
+        basis [L, I, Q]; None: the test matrix of ``width`` columns. y [L, T, Q], z [L, Q, I].
+        ``run`` stands in for the implementation's pass.
+        """
+        run = run or self.run
+        if not self.measured:
+            return self.group.together(lambda: self._first(run, basis, width, want_y, want_z))
+        parts_y, z = [], None
+        for _, x, weights in self.pieces():
+            y, part = self._run(run, x, weights, basis, width, want_y, want_z)
+            parts_y.append(y)
+            z = part if z is None else z.add_(part)
+        rows = sum(y.shape[1] for y in parts_y) if want_y else self.rows
+        if rows != self.rows:
+            rule = f"give the same {self.rows} rows each time it is iterated"
+            raise invalid(OP, "stack", rule, rows)
+        return self._joined(parts_y, want_y), self._reduced(z, want_z)
+
+    def residual(self, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+        """||M - u diag(s) vh||_F^2 of the scaled matrix [L], measured block by block in float64."""
+        found, done = torch.zeros_like(self.total), 0
+        right = (s[..., None] * vh).double()
+        for _, x, weights in self.pieces():
+            for l, t in blocks(x):
+                m = self.rows_of(x, weights, l, t, torch.float64) * self.scale[l, None, None]
+                at = slice(done + t.start, done + t.start + m.shape[1])
+                m = torch.baddbmm(m, u[l, at].double(), right[l], alpha=-1)
+                found[l] += m.square().sum((1, 2))
+            done += x.shape[1]
+        return self.group.sum(found)
+
+    def all_rows(self) -> int:
+        """T over the group."""
+        return int(self.group.sum(torch.tensor(float(self.rows), device=self.device)))
+
+    def center(self) -> None:
+        """Find the mean row, weighted by the squares of the weights: one pass of its own."""
+        found = torch.zeros(self.layers, self.columns, dtype=torch.float64, device=self.device)
+        counted = torch.zeros(self.layers, 1, dtype=torch.float64, device=self.device)
+        for _, x, weights in self.pieces():
+            share = x.new_ones(x.shape[:2], dtype=self.dtype) if weights is None else weights**2
+            for l, t in blocks(x):
+                part = share[l, t].unsqueeze(1) @ x[l, t].to(self.dtype)
+                found[l] += part.squeeze(1).double()
+            counted += share.sum(1, keepdim=True, dtype=torch.float64)
+        found, counted = self.group.sum(found), self.group.sum(counted)
+        self.mean = (found / counted.clamp_min(torch.finfo(torch.float64).tiny)).to(self.dtype)
+
+    def _first(self, run, basis, width, want_y, want_z):
+        """The first sweep also checks and measures; the scale may still change as rows come."""
+        parts_y, z, rows = [], None, 0
+        largest = self.total.clone()
+        for where, x, weights in self.pieces():
+            total, norm = self._measure(where, x, weights)
+            self.total += total
+            largest = torch.maximum(largest, norm)
+            z = self._rescale(_power_of_two(largest, self.dtype), parts_y, z)
+            y, part = self._run(run, x, weights, basis, width, want_y, want_z)
+            parts_y.append(y)
+            z = part if z is None else z.add_(part)
+            rows += x.shape[1]
+        if rows == 0 and self.group.size == 1:
+            raise invalid(OP, "stack", "have at least one row", "none")
+        if self.weights is not None and self.weights.shape[1] != rows:
+            rule = f"be [{rows}], one for each row of stack"
+            raise invalid(OP, "weights", rule, f"[{self.weights.shape[1]}]")
+        self.rows, self.measured = rows, True
+        return lambda: self._agree(largest, parts_y, z, want_y, want_z)
+
+    def _agree(self, largest, parts_y, z, want_y, want_z):
+        self.total = self.group.sum(self.total)
+        scale = _power_of_two(self.group.largest(largest), self.dtype)
+        z = self._rescale(scale, parts_y, z)
+        return self._joined(parts_y, want_y), self._reduced(z, want_z)
+
+    def _run(self, run, x, weights, basis, width, want_y, want_z):
+        args = (x, weights, self.mean, basis, self.scale, self.seed, width, want_y, want_z)
+        return run(*args)
+
+    def _rescale(self, scale: Tensor, parts_y: list[Tensor], z: Tensor | None) -> Tensor | None:
+        change = (scale / self.scale)[:, None, None]
+        self.scale = scale
+        if not bool((change == 1).all()):
+            for y in parts_y:
+                if y.numel():
+                    y *= change
+            if z is not None and z.numel():
+                z *= change
+        return z
+
+    def _joined(self, parts: list[Tensor], wanted: bool) -> Tensor | None:
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) if wanted else None
+
+    def _reduced(self, z: Tensor | None, wanted: bool) -> Tensor | None:
+        return self.group.sum(z * self.scale[:, None, None]) if wanted else None
+
+    def rows_of(self, x, weights, l: slice, t: slice, dtype: torch.dtype) -> Tensor:
+        m = x[l, t].to(dtype)
+        if self.mean is not None:
+            m = m - self.mean[l, None].to(dtype)
+        return m if weights is None else m * weights[l, t, None].to(dtype)
+
+    def _measure(self, where: str, x: Tensor, weights) -> tuple[Tensor, Tensor]:
+        """Sum of squares and largest row norm of each layer, float64; refuses what is not finite."""
+        total, largest = torch.zeros_like(self.total), torch.zeros_like(self.total)
+        plain = weights is None and self.mean is None
+        for l, t in blocks(x):
+            m = x[l, t] if plain else self.rows_of(x, weights, l, t, self.dtype)
+            norms = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype).double()
+            top = norms.amax(1)
+            if not bool(((top > SAFE[0]) & (top < SAFE[1])).all()):
+                if not bool(x[l, t].isfinite().all()):
+                    raise self.not_finite(where, x)
+                norms = torch.linalg.vector_norm(m, dim=-1, dtype=torch.float64)
+                top = norms.amax(1)
+            total[l] += norms.square().sum(1)
+            largest[l] = torch.maximum(largest[l], top)
+        return total, largest
+
+    def not_finite(self, where: str, x: Tensor) -> ValueError:
+        at = (~x.isfinite()).nonzero()[0].tolist()
+        row = f"row {at[1]}" if self.layers == 1 else f"row {at[1]} of layer {at[0]}"
+        return invalid(OP, "stack", "be finite", f"{x[tuple(at)].item()} in {row}{where}")
+
+
+class Chunks(Rows):
+    """Rows that come in chunks [t, I] from an iterable, which each sweep iterates anew."""
+
+    def __init__(self, chunks: Iterable, weights, run: Callable, seed: int, group: Group):
+        self.chunks = chunks
+        first = next(iter(chunks), None) if not isinstance(chunks, Iterator) else None
+        self.ahead = None
+        if isinstance(chunks, Iterator):
+            first = self.ahead = next(chunks, None)
+        if first is None:
+            raise invalid(OP, "stack", "have at least one chunk", "none")
+        _check_chunk(first, 0, first)
+        super().__init__(first[None], weights, run, seed, group)
+        # A reference to the first chunk would keep it in memory through every sweep.
+        self.like, self.x, self.rows = first[:0].clone(), None, None
+
+    def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        done, ahead, self.ahead = 0, self.ahead, None
+        for number, chunk in enumerate(_with(ahead, self.chunks)):
+            _check_chunk(chunk, number, self.like)
+            at = slice(done, done + len(chunk))
+            done = at.stop
+            part = None if self.weights is None else self.weights[:, at]
+            if part is not None and part.shape[1] != len(chunk):
+                rule = "have one entry for each row of stack"
+                raise invalid(OP, "weights", rule, f"{self.weights.shape[1]}, fewer than rows")
+            if len(chunk):
+                yield f" of chunk {number}", chunk[None], part
+
+
+def _with(first: Tensor | None, rest: Iterable) -> Iterator[Tensor]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def _check_chunk(chunk: object, number: int, like: Tensor) -> None:
+    label = f"stack (chunk {number})"
+    if not isinstance(chunk, Tensor) or chunk.dim() != 2:
+        got = shape(chunk) if isinstance(chunk, Tensor) else type(chunk).__name__
+        raise invalid(OP, label, "be a tensor [T, I]", got)
+    if chunk.dtype not in (*STORAGE, torch.float64):
+        raise invalid(OP, label, "be floating point", chunk.dtype)
+    if chunk.shape[1] != like.shape[1]:
+        rule = f"have {like.shape[1]} columns like chunk 0"
+        raise invalid(OP, label, rule, chunk.shape[1])
+    if chunk.dtype != like.dtype or chunk.device != like.device:
+        rule = f"be {like.dtype} on {like.device} like chunk 0"
+        raise invalid(OP, label, rule, f"{chunk.dtype} on {chunk.device}")
+
+
+def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^-e for the least e with largest < 2^e; 1 for a matrix of zeros."""
+    exponent = torch.frexp(largest).exponent.clamp(-120, 120)
+    exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
+    return torch.ldexp(torch.ones_like(largest), -exponent).to(dtype)

@@ -82,11 +82,11 @@ def stacked_svd(
         RuntimeError: the named ``impl`` cannot run here; says why and what to install.
 
     Numerics:
-        Rows are read as stored; products accumulate in float32, and Gram matrices of orthonormal
-        bases and of sketches in float64. M is scaled by a power of two, so entries of 1e+-25 are
-        fine. ``residual`` is from ``||M||^2 - ||s||^2``, or measured entry by entry in float64 where
-        it is below 1e-2 ``||M||``; the true error is at most ``residual`` and at least 0.95 of it.
-        (A one-shot iterator cannot be measured: there ``residual`` is at least 0.02 ``||M||``.)
+        Rows are read as stored; products accumulate in float32, Gram matrices of sketches in
+        float64. M is scaled by a power of two, so entries of 1e+-25 are fine. ``residual`` is from
+        ``||M||^2 - ||s||^2``, or measured entry by entry in float64 where it is below 1e-2
+        ``||M||``; the true error is at most ``residual`` and at least 0.95 of it. (A one-shot
+        iterator cannot be measured: there ``residual`` is at least 0.02 ``||M||``.)
         Deterministic; chunks change nothing but rounding.
 
     Source:

@@ -2,8 +2,8 @@
 
     M = diag(weights) (x - mean)        y = scale * M @ basis        z = y^T @ M
 
-Everything else of the op is small linear algebra on y and z (subspace.py). Without a basis, the basis
-is the test matrix of random signs. Axes: l layers, t rows, i columns, q sketch columns.
+Everything else of the op is small linear algebra on y and z (subspace.py). Without a basis, the
+basis is the test matrix of random signs. Axes: l layers, t rows, i columns, q sketch columns.
 """
 
 from collections.abc import Iterator
@@ -137,10 +137,15 @@ def _shift(mean: Tensor, basis: Tensor | None, seed: int, width: int) -> Tensor:
 def gram(x, weights, mean, basis, scale, seed, width, want_y, want_z) -> tuple[Tensor, Tensor]:
     """As forward with the identity as basis and y not kept: z [L, I, I] = scale * M^T M."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    plain = bool((scale == 1).all())
+    step = max(-(-x.shape[2] // 64) * 16, 64)
     z_lii = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=dtype)
     for l, t in blocks(x):
         m_lti = x[l, t].to(dtype)
         m_lti = m_lti if mean is None else m_lti - mean[l, None]
         m_lti = m_lti if weights is None else m_lti * weights[l, t, None]
-        z_lii[l].baddbmm_((m_lti * scale[l, None, None]).mT, m_lti)
-    return x.new_empty(0, dtype=dtype), z_lii
+        scaled_lti = m_lti if plain else m_lti * scale[l, None, None]
+        for at in range(0, x.shape[2], step):  # the upper triangle, in four bands
+            band = slice(at, at + step)
+            z_lii[l, : at + step, band] += scaled_lti[..., : at + step].mT @ m_lti[..., band]
+    return x.new_empty(0, dtype=dtype), z_lii.triu() + z_lii.triu(1).mT

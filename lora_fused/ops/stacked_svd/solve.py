@@ -12,7 +12,6 @@ from lora_fused.ops.stacked_svd.factored import (
     FactoredSum,
     core_of_sum,
 )
-from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.plan import choose_method
 from lora_fused.ops.stacked_svd.sources import Chunks, Rows
 
@@ -25,6 +24,7 @@ METHODS = {
 # Below this share of ||M||, what ||M||^2 - ||s||^2 leaves is rounding: the rest is measured.
 MEASURED = 1e-2
 SLACK = 1e-3  # relative room for rounding in the certificate
+LAYERS_BYTES = 32 << 20
 ONE_PASS = 4e-4  # share of ||M||^2 that one pass cannot see
 
 
@@ -40,10 +40,7 @@ def solve(
         contract.check_tensor(stack, run[0])
         contract.check_weights(weights, stack, stack.device)
         x = stack if stack.dim() == 3 else stack[None]
-        source = Rows(x, _expand(weights, x), run[1], seed, group)
-        contract.check_rank(rank, source.all_rows(), source.columns)
-        plain = weights is None and not center and group.size == 1
-        out = _found(source, wanted, center, method, plain)
+        out = _tensor(x, wanted, _expand(weights, x), center, method, seed, group, run[1])
         return out if stack.dim() == 3 else _first_layer(*out)
     contract.check_stream(stack, iterations, energy, center, method)
     source = Chunks(stack, None, None, seed, group)
@@ -51,6 +48,22 @@ def solve(
     contract.check_weights(weights, stack, source.device)
     source.weights = None if weights is None else weights[None].to(source.dtype)
     return _first_layer(*_found(source, wanted, center, method, False))
+
+
+def _tensor(x: Tensor, wanted, weights, center, method, seed, group, run) -> tuple:
+    """A batch, on a CPU a few layers at a time: what is made of them then stays in cache."""
+    few = max(LAYERS_BYTES // (4 * x[0].numel()), 1)
+    if not x.is_cpu or wanted.rank is None or few >= len(x):
+        few = len(x)
+    parts = []
+    for l in range(0, len(x), few):
+        part = None if weights is None else weights[l : l + few]
+        source = Rows(x[l : l + few], part, run, seed, group, first_layer=l)
+        contract.check_rank(wanted.rank, source.all_rows(), source.columns)
+        plain = weights is None and not center and group.size == 1
+        parts.append(_found(source, wanted, center, method, plain))
+    *tensors, methods = zip(*parts, strict=True)
+    return *(t[0] if len(t) == 1 else torch.cat(t) for t in tensors), methods[0]
 
 
 def _found(source: Rows, wanted, center: bool, method: str, plain: bool) -> tuple:

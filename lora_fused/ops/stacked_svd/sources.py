@@ -16,6 +16,7 @@ from lora_fused.ops.stacked_svd.reference import blocks
 
 # float32 squares of row norms in this range neither overflow nor vanish.
 SAFE = (1e-15, 1e15)
+UNSCALED = 12  # largest row norms of 2^-12 to 2^12 are left as they are
 
 
 class Rows:
@@ -24,12 +25,20 @@ class Rows:
     Attributes:
         layers, columns, device, dtype: dtype is what is computed in.
         rows: here, T; known to a stream once it was read.
-        scale: [L] powers of two that bring the largest row norm to about 1.
+        scale: [L] powers of two that bring the largest row norm near 1.
         total: [L] float64, squared Frobenius norm of the (unscaled) matrix, over the group.
     """
 
-    def __init__(self, x: Tensor, weights: Tensor | None, run: Callable, seed: int, group: Group):
-        self.x, self.weights = x, weights
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        run: Callable,
+        seed: int,
+        group: Group,
+        first_layer: int = 0,
+    ):
+        self.x, self.weights, self.first_layer = x, weights, first_layer
         self.layers, rows, self.columns = x.shape
         self.device = x.device
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -157,17 +166,18 @@ class Rows:
         return m if weights is None else m * weights[l, t, None].to(dtype)
 
     def _measure(self, where: str, x: Tensor, weights) -> tuple[Tensor, Tensor]:
-        """Sum of squares and largest row norm of each layer, float64; refuses what is not finite."""
+        """Sum of squares and largest norm of a row (or column) in float64; all must be finite."""
         total, largest = torch.zeros_like(self.total), torch.zeros_like(self.total)
         plain = weights is None and self.mean is None
         for l, t in blocks(x):
             m = x[l, t] if plain else self.rows_of(x, weights, l, t, self.dtype)
-            norms = torch.linalg.vector_norm(m, dim=-1, dtype=self.dtype).double()
+            along = -1 if m.stride(-1) == 1 else -2  # as it lies in memory
+            norms = torch.linalg.vector_norm(m, dim=along, dtype=self.dtype).double()
             top = norms.amax(1)
             if not bool(((top > SAFE[0]) & (top < SAFE[1])).all()):
                 if not bool(x[l, t].isfinite().all()):
                     raise self.not_finite(where, x)
-                norms = torch.linalg.vector_norm(m, dim=-1, dtype=torch.float64)
+                norms = torch.linalg.vector_norm(m, dim=along, dtype=torch.float64)
                 top = norms.amax(1)
             total[l] += norms.square().sum(1)
             largest[l] = torch.maximum(largest[l], top)
@@ -175,7 +185,8 @@ class Rows:
 
     def not_finite(self, where: str, x: Tensor) -> ValueError:
         at = (~x.isfinite()).nonzero()[0].tolist()
-        row = f"row {at[1]}" if self.layers == 1 else f"row {at[1]} of layer {at[0]}"
+        layer = at[0] + self.first_layer
+        row = f"row {at[1]} of layer {layer}" if layer or self.layers > 1 else f"row {at[1]}"
         return invalid(OP, "stack", "be finite", f"{x[tuple(at)].item()} in {row}{where}")
 
 
@@ -231,7 +242,7 @@ def _check_chunk(chunk: object, number: int, like: Tensor) -> None:
 
 
 def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^-e for the least e with largest < 2^e; 1 for a matrix of zeros."""
+    """2^-e for the least e with largest < 2^e; 1 where squares of sums are safe without it."""
     exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-    exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
+    exponent = torch.where(exponent.abs() > UNSCALED, exponent, torch.zeros_like(exponent))
     return torch.ldexp(torch.ones_like(largest), -exponent).to(dtype)

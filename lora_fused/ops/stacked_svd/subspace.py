@@ -19,6 +19,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 FIRST_WIDTH = 32  # block of a search for energy, whose rank nobody knows
 SMALLEST = 1e-5  # ratio of singular values down to which a float64 Gram matrix of y is used
+KRYLOV_STEPS = 7  # on a Gram matrix in memory, where a step costs little
 GRAM_NOISE = 3e-3  # below this ratio a Gram matrix in float32 holds no singular vector
 
 
@@ -115,9 +116,8 @@ def gram(source: Rows, wanted: Wanted) -> Factors:
     total = source.total * source.scale.double() ** 2
     count = wanted.count(s, total)
     short = count is None or bool((s[:, count - 1] < GRAM_NOISE * s[:, 0]).any())
-    if short and basis.shape[-1] < side or short and count is None:
-        # A full basis spans all there is, whatever its vectors are.
-        basis = basis if wanted.rank else turn.flip(-1)
+    if short and (count is None or basis.shape[-1] < side):
+        basis = basis if wanted.rank else turn.flip(-1)  # all of them hold all the energy
         u, s, vh = _iterated(source, basis, max(wanted.iterations, 1))
         count = wanted.count(s, total)
     return _cut(u, s, vh, count)
@@ -165,12 +165,13 @@ def leading_vectors(g: Tensor, count: int, seed: int) -> Tensor:
     side = g.shape[-1]
     if side <= 4 * count:
         return torch.linalg.eigh(g).eigenvectors.flip(-1)[..., :count]
-    start = reference.signs(seed, 0, side, count, g.device, g.dtype)
+    width = -(-count // 24) * 8  # a third, in eights
+    start = reference.signs(seed, 0, side, width, g.device, g.dtype)
     basis = newest = extend(None, g @ start.expand(len(g), -1, -1))
-    for _ in range(3):
+    for _ in range(KRYLOV_STEPS - 1):
         newest = extend(basis, (g @ newest)[..., : side - basis.shape[-1]])
         basis = torch.cat([basis, newest], -1)
-    turn = torch.linalg.eigh(basis.mT @ g @ basis).eigenvectors.flip(-1)[..., :count]
+    turn = torch.linalg.eigh(basis.mT @ (g @ basis)).eigenvectors.flip(-1)[..., :count]
     return basis @ turn
 
 

@@ -202,6 +202,21 @@ def test_dependent_rows_take_the_other_road():
     assert merged.report.modules["k"] == (12, 0.0, 1.0, 0.0)
 
 
+@TYPES
+def test_the_difference_of_nearly_equal_adapters(combination_type):
+    """A sum 10,000 times smaller than its terms: nothing is lost on the way."""
+    first = adapter("first", {"q": 4}, 0)
+    part, noise = first.modules["q"], adapter("noise", {"q": 4}, 2).modules["q"]
+    lora_a, lora_b = part.lora_a + 1e-4 * noise.lora_a, part.lora_b + 1e-4 * noise.lora_b
+    bank = AdapterBank()
+    bank.add_many([first, Adapter("second", {"q": LoraFactors(lora_a, lora_b, part.scale)})])
+    rank = {"rank": 8} if combination_type == "svd" else {}
+    weights = {"first": 1.0, "second": -1.0}
+    merged = merge(bank, weights, combination_type=combination_type, **rank)
+    check_reported_errors(bank, weights, merged)
+    assert (merged.report.error_to_exact < 1e-6) == (combination_type != "linear")
+
+
 def test_only_the_adapters_named_count_and_zero_leaves_one_out():
     bank = make_bank()
     merged = merge(bank, {"math": 2.0, "code": 0.0}, name="double")

@@ -25,6 +25,9 @@ class FactoredStack:
         scale: ``[K]``; default: ones.
         form: ``"rows"``: D_k below one another, ``[K * O, I]``. ``"columns"``: side by side,
             ``[O, K * I]``. ``"sum"``: their sum, ``[O, I]``.
+
+    At most T components can be asked for; where ``s`` is zero, the vectors of ``rows`` and
+    ``columns`` on the stacked side may be zero too.
     """
 
     lora_a: Tensor

@@ -1,10 +1,10 @@
 """Which method is cheapest, from sizes alone."""
 
-from lora_fused.ops.stacked_svd.subspace import FIRST_WIDTH
-
+FIRST_WIDTH = 32  # block of a search for energy, whose rank nobody knows
 # Measured on one AVX-512 core, float32, as shares of the best product's rate: a product with a
-# sketch runs at half of it, an eigendecomposition of side m costs 25 m^3.
-SKETCH, EIGEN = 2.0, 25.0
+# sketch runs at half of it, an eigendecomposition of side m costs 25 m^3, and orthonormalising
+# and rotating D columns of length n costs 16 n D^2.
+SKETCH, EIGEN, ORTHONORMAL = 2.0, 25.0, 16.0
 SMALL_SIDE, SMALL_SIZE = 64, 1 << 20  # where LAPACK's SVD costs less than thinking about it
 
 
@@ -26,8 +26,14 @@ def choose_method(
         return "gram"
     length = 64 * columns if rows is None else rows
     size = float(length) * columns
-    blocks, steps = -(-width // 2), 2 * iterations
-    krylov = SKETCH * size * blocks * (2 * steps + 1) + (length + columns) * (blocks * steps) ** 2
+    block, steps = block_width(width), 2 * iterations
+    krylov = SKETCH * size * block * (2 * steps + 1)
+    krylov += ORTHONORMAL * (length + columns) * (block * steps) ** 2
     gram = size * side + SKETCH * size * width
     gram += min(EIGEN * side**3, 10.0 * side * (4 * width) ** 2)
     return "gram" if gram < krylov else "krylov"
+
+
+def block_width(width: int) -> int:
+    """Columns of a Krylov block: half a sketch's, in sixteens (up to 16 more take no longer)."""
+    return -(-width // 32) * 16

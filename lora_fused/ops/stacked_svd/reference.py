@@ -45,7 +45,7 @@ def forward(
     shift_l1q = None if mean is None else _shift(mean, basis, seed, width)
     for l, t in blocks(x):
         x_lti = x[l, t].to(dtype)
-        part_ltq = x_lti @ basis[l] if basis is not None else sketched[l, t]
+        part_ltq = _product(x_lti, basis[l]) if basis is not None else sketched[l, t]
         if shift_l1q is not None:
             part_ltq = part_ltq - shift_l1q[l]
         weight_lt1 = None if weights is None else weights[l, t, None]
@@ -60,6 +60,12 @@ def forward(
             if mean is not None:
                 z_lqi[l] -= part_ltq.sum(1)[..., None] * mean[l, None]
     return y_ltq, z_lqi
+
+
+def _product(x_lti: Tensor, basis_liq: Tensor) -> Tensor:
+    if x_lti.stride(-1) == 1:
+        return x_lti @ basis_liq
+    return (basis_liq.mT @ x_lti.mT).mT  # for a turned stack, twice as fast
 
 
 def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -132,20 +138,3 @@ def _shift(mean: Tensor, basis: Tensor | None, seed: int, width: int) -> Tensor:
     if basis is not None:
         return mean[:, None] @ basis
     return _sketch_in_parts(mean[:, None], seed, width, mean.dtype)
-
-
-def gram(x, weights, mean, basis, scale, seed, width, want_y, want_z) -> tuple[Tensor, Tensor]:
-    """As forward with the identity as basis and y not kept: z [L, I, I] = scale * M^T M."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    plain = bool((scale == 1).all())
-    step = max(-(-x.shape[2] // 64) * 16, 64)
-    z_lii = x.new_zeros(x.shape[0], x.shape[2], x.shape[2], dtype=dtype)
-    for l, t in blocks(x):
-        m_lti = x[l, t].to(dtype)
-        m_lti = m_lti if mean is None else m_lti - mean[l, None]
-        m_lti = m_lti if weights is None else m_lti * weights[l, t, None]
-        scaled_lti = m_lti if plain else m_lti * scale[l, None, None]
-        for at in range(0, x.shape[2], step):  # the upper triangle, in four bands
-            band = slice(at, at + step)
-            z_lii[l, : at + step, band] += scaled_lti[..., : at + step].mT @ m_lti[..., band]
-    return x.new_empty(0, dtype=dtype), z_lii.triu() + z_lii.triu(1).mT

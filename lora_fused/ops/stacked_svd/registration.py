@@ -27,13 +27,6 @@ def _fwd_fake(x, weights, mean, basis, scale, seed, width, want_y, want_z) -> tu
     return y, z
 
 
-@torch.library.impl("lora_fused::stacked_svd_fwd_triton", "CUDA")
-def _triton(*args) -> tuple[Tensor, Tensor]:
-    from lora_fused.ops.stacked_svd import triton_impl
-
-    return triton_impl.forward(*args)
-
-
 def has_kernel(impl: str, device: torch.device) -> bool:
     """Whether ``impl`` has an operator for tensors on this device."""
     if impl == "reference":

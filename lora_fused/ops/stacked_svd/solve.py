@@ -59,7 +59,6 @@ def _tensor(x: Tensor, wanted, weights, center, method, seed, group, run) -> tup
     for l in range(0, len(x), few):
         part = None if weights is None else weights[l : l + few]
         source = Rows(x[l : l + few], part, run, seed, group, first_layer=l)
-        contract.check_rank(wanted.rank, source.all_rows(), source.columns)
         plain = weights is None and not center and group.size == 1
         parts.append(_found(source, wanted, center, method, plain))
     *tensors, methods = zip(*parts, strict=True)
@@ -68,6 +67,7 @@ def _tensor(x: Tensor, wanted, weights, center, method, seed, group, run) -> tup
 
 def _found(source: Rows, wanted, center: bool, method: str, plain: bool) -> tuple:
     """Run a method and certify it; ``plain``: rows and columns may change places."""
+    source.rank = wanted.rank
     if center:
         source.center()
     width = None if wanted.rank is None else wanted.rank + wanted.oversampling
@@ -78,7 +78,6 @@ def _found(source: Rows, wanted, center: bool, method: str, plain: bool) -> tupl
     if turned:
         source = Rows(source.x.mT, None, source.run, source.seed, source.group)
     u, s, vh = METHODS[method](source, wanted)
-    contract.check_rank(wanted.rank, source.all_rows(), source.columns)
     residual, energy = _certificate(source, u, s, vh)
     u, vh = (vh.mT, u.mT) if turned else (u, vh)
     u, vh = _fix_signs(u, vh)
@@ -91,7 +90,7 @@ def _certificate(source: Rows, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor
     total = source.total * source.scale.double() ** 2
     squares = s.double().square()
     rest = (total - squares.sum(-1)).clamp_min(0)
-    if getattr(source, "once", False):
+    if source.once:
         rest = rest + ONE_PASS * total
     elif bool((rest < MEASURED**2 * total).any()):
         rest = source.residual(u, s, vh)
@@ -113,7 +112,6 @@ def _factored(stack: FactoredStack, wanted, weights, center, method, seed, group
         return _summed(inner, outer, starts, scale, wanted, method, seed, group, run)
     if stack.form == "columns":
         inner, outer = outer, inner
-    contract.check_rank(wanted.rank, count * outer.shape[1], inner.shape[1])
     source = FactoredRows(inner, outer, starts, scale, run, seed, group)
     u, s, vh, *rest = _found(source, wanted, False, method, False)
     u = source.lift(u)
@@ -123,11 +121,10 @@ def _factored(stack: FactoredStack, wanted, weights, center, method, seed, group
 
 
 def _summed(inner, outer, starts, scale, wanted, method, seed, group, run) -> tuple:
-    contract.check_rank(wanted.rank, outer.shape[1], inner.shape[1])
+    contract.check_rank(wanted.rank, min(len(inner), outer.shape[1]), inner.shape[1])
     repeats = torch.tensor(starts, device=inner.device).diff()
     row_scale = torch.repeat_interleave(scale, repeats)
-    rows, needed = len(inner), wanted.rank or 1
-    if not needed <= rows <= min(inner.shape[1], outer.shape[1]):
+    if len(inner) > min(inner.shape[1], outer.shape[1]):
         source = FactoredSum(inner, outer, row_scale, run, seed, group)
         return _first_layer(*_found(source, wanted, False, method, False))
     q_out, q_in, core = core_of_sum(inner, outer, row_scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.checks import invalid, shape
-from lora_fused.ops.stacked_svd.contract import OP, STORAGE
+from lora_fused.ops.stacked_svd.contract import OP, STORAGE, check_rank
 from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.reference import blocks
 
@@ -25,6 +25,7 @@ class Rows:
     Attributes:
         layers, columns, device, dtype: dtype is what is computed in.
         rows: here, T; known to a stream once it was read.
+        once: the rows can be read a single time.
         scale: [L] powers of two that bring the largest row norm near 1.
         total: [L] float64, squared Frobenius norm of the (unscaled) matrix, over the group.
     """
@@ -48,6 +49,8 @@ class Rows:
         self.scale = torch.ones(self.layers, dtype=self.dtype, device=self.device)
         self.total = torch.zeros(self.layers, dtype=torch.float64, device=self.device)
         self.measured = False
+        self.once = False
+        self.rank: int | None = None  # refused as soon as the rows are known to be too few
 
     def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Where (for messages), rows [L, t, I] and their weights [L, t]."""
@@ -84,7 +87,7 @@ class Rows:
     def residual(self, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
         """||M - u diag(s) vh||_F^2 of the scaled matrix [L], measured block by block in float64."""
         found, done = torch.zeros_like(self.total), 0
-        right = (s[..., None] * vh).double()
+        right = s[..., None].double() * vh.double()
         for _, x, weights in self.pieces():
             for l, t in blocks(x):
                 m = self.rows_of(x, weights, l, t, torch.float64) * self.scale[l, None, None]
@@ -133,6 +136,7 @@ class Rows:
         return lambda: self._agree(largest, parts_y, z, want_y, want_z)
 
     def _agree(self, largest, parts_y, z, want_y, want_z):
+        check_rank(self.rank, self.all_rows(), self.columns)
         self.total = self.group.sum(self.total)
         scale = _power_of_two(self.group.largest(largest), self.dtype)
         z = self._rescale(scale, parts_y, z)
@@ -205,6 +209,7 @@ class Chunks(Rows):
         super().__init__(first[None], weights, run, seed, group)
         # A reference to the first chunk would keep it in memory through every sweep.
         self.like, self.x, self.rows = first[:0].clone(), None, None
+        self.once = isinstance(chunks, Iterator)
 
     def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         done, ahead, self.ahead = 0, self.ahead, None

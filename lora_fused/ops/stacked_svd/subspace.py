@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_fused.ops.stacked_svd import reference
+from lora_fused.ops.stacked_svd.gram_matrix import gram_pass, leading_vectors
 from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.orthonormal import extend, tall_qr
+from lora_fused.ops.stacked_svd.plan import FIRST_WIDTH, block_width
 from lora_fused.ops.stacked_svd.reference import blocks
 from lora_fused.ops.stacked_svd.sources import Rows
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
-FIRST_WIDTH = 32  # block of a search for energy, whose rank nobody knows
 SMALLEST = 1e-5  # ratio of singular values down to which a float64 Gram matrix of y is used
-KRYLOV_STEPS = 7  # on a Gram matrix in memory, where a step costs little
 GRAM_NOISE = 3e-3  # below this ratio a Gram matrix in float32 holds no singular vector
 
 
@@ -32,11 +31,12 @@ class Wanted:
     oversampling: int
     iterations: int
 
-    def count(self, s: Tensor, total: Tensor, spare: int = 0) -> int | None:
+    def count(self, s: Tensor, total: Tensor, complete: bool = True) -> int | None:
         """How many of the components s [L, D] are wanted; None where s does not show it yet.
 
-        Squares of s never exceed the true ones, so a fraction that they reach is certain; ``spare``
-        components must remain, for those near the end of a subspace are too small.
+        Squares of s never exceed the true ones, so a fraction that they reach is certain. Unless
+        the subspace is ``complete``, a quarter of it must remain: what lies near its end is too
+        small, and would make the count too large.
         """
         if self.rank is not None:
             return self.rank
@@ -44,7 +44,8 @@ class Wanted:
         # The whole matrix holds all of its energy, but for the rounding.
         short = held < self.energy * total[:, None] * (1 - 1e-6)
         count = int(short.sum(-1).max()) + 1
-        return max(count, 1) if count <= s.shape[-1] - spare else None
+        spare = 0 if complete else max(self.oversampling, s.shape[-1] // 4)
+        return count if count <= s.shape[-1] - spare else None
 
 
 def randomized(source: Rows, wanted: Wanted) -> Factors:
@@ -61,7 +62,7 @@ def randomized(source: Rows, wanted: Wanted) -> Factors:
             u, s, vh = _iterated(source, basis, wanted.iterations - 1)
         full = width >= min(source.columns, source.all_rows())
         total = source.total * source.scale.double() ** 2
-        count = wanted.count(s, total, 0 if full else wanted.oversampling)
+        count = wanted.count(s, total, complete=full)
         if count is not None or full:
             return _cut(u, s, vh, count)
         width *= 2
@@ -76,9 +77,7 @@ def krylov(source: Rows, wanted: Wanted) -> Factors:
     if wanted.rank is None:
         width, steps = FIRST_WIDTH, None
     else:
-        width = -(-(wanted.rank + wanted.oversampling) // 2)
-        # Products of up to 16 columns more take no longer.
-        width = min(-(-width // 16) * 16, source.columns)
+        width = min(block_width(wanted.rank + wanted.oversampling), source.columns)
         steps = max(2 * wanted.iterations, 2)
     _, z = source.sweep(None, min(width, source.columns), want_y=False)
     limit = min(source.columns, source.all_rows())
@@ -91,7 +90,7 @@ def krylov(source: Rows, wanted: Wanted) -> Factors:
         parts.append(y)
         if last or (wanted.rank is None and len(parts) > wanted.iterations):
             found = TallSvd(torch.cat(parts, -1), source.group)
-            count = wanted.count(found.s, total, 0 if width == 0 else wanted.oversampling)
+            count = wanted.count(found.s, total, complete=width == 0)
             if last or count is not None:
                 u, s, v = found.leading(count)
                 return u, s, (basis @ v).mT
@@ -101,7 +100,7 @@ def krylov(source: Rows, wanted: Wanted) -> Factors:
 
 def gram(source: Rows, wanted: Wanted) -> Factors:
     """Eigenvectors of M^T M as a basis; squares lose small singular values, so those iterate."""
-    _, z = source.sweep(None, want_y=False, run=reference.gram)
+    _, z = source.sweep(None, want_y=False, run=gram_pass)
     side = z.shape[-1]
     if wanted.rank is None:
         power, turn = torch.linalg.eigh(z)
@@ -158,21 +157,6 @@ class TallSvd:
         q, r = tall_qr(self.y, self.group)
         turn, s, vh = (self.group.same(t) for t in torch.linalg.svd(r, full_matrices=False))
         return q @ turn[..., :count], s[:, :count], vh.mT[..., :count]
-
-
-def leading_vectors(g: Tensor, count: int, seed: int) -> Tensor:
-    """About the ``count`` leading eigenvectors of g [L, m, m]: block Krylov where m is large."""
-    side = g.shape[-1]
-    if side <= 4 * count:
-        return torch.linalg.eigh(g).eigenvectors.flip(-1)[..., :count]
-    width = -(-count // 24) * 8  # a third, in eights
-    start = reference.signs(seed, 0, side, width, g.device, g.dtype)
-    basis = newest = extend(None, g @ start.expand(len(g), -1, -1))
-    for _ in range(KRYLOV_STEPS - 1):
-        newest = extend(basis, (g @ newest)[..., : side - basis.shape[-1]])
-        basis = torch.cat([basis, newest], -1)
-    turn = torch.linalg.eigh(basis.mT @ (g @ basis)).eigenvectors.flip(-1)[..., :count]
-    return basis @ turn
 
 
 def _iterated(source: Rows, basis: Tensor, iterations: int, count: int | None = None) -> Factors:

@@ -308,13 +308,13 @@ def test_rejects_chunks_that_change():
             self.rows -= 1
             yield matrix("inverse", self.rows, 20).float()
 
-    with pytest.raises(ValueError, match="stack must give the same 38 rows each time.*, got 36"):
+    with pytest.raises(ValueError, match=r"stack must give the same 38 rows each time.*, got 36"):
         stacked_svd(Shrinking(), rank=3, method="randomized")
 
 
 def test_impl_choice(monkeypatch):
     m = matrix("inverse", 60, 40).float()
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, .*, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"impl must be one of auto, reference, .*, got 'cuda'"):
         stacked_svd(m, rank=4, impl="cuda")
     seen = []
     real = registration.forward

@@ -155,7 +155,7 @@ def test_order_of_rows_does_not_matter(method):
 
 
 def test_small_singular_values_of_a_gram_matrix():
-    """Squares in float32 lose what is below 3e-4 of the largest; the method notices and iterates."""
+    """Squares in float32 lose what is below 3e-4 of the largest; the method then iterates."""
     m = matrix("steep", 300, 200).float()  # component 40 is 5e-5 of the first
     found = stacked_svd(m, rank=40, method="gram")
     truth = torch.linalg.svdvals(m.double())[:40]

@@ -9,7 +9,7 @@ from lora_fused.ops.stacked_svd.group import Group
 # CholeskyQR squares the condition number; in float64 it holds up to about 1e8.
 SMALLEST = 1e-7
 TINY = 1e-30
-OVERLAP = 64  # of the type's rounding step; sound bases stay below 4
+OVERLAP = 8  # of the rounding step; more would show in the components
 
 
 def extend(basis: Tensor | None, z: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ def _found(source: Rows, wanted, center: bool, method: str, plain: bool) -> tupl
         source.center()
     width = None if wanted.rank is None else wanted.rank + wanted.oversampling
     if method == "auto":
-        sizes = (source.rows, source.columns, width, wanted.iterations)
-        method = choose_method(*sizes, plain)
+        # Ranks must choose alike, and a rank's rows say little about all.
+        rows = source.rows if source.group.size == 1 else None
+        method = choose_method(rows, source.columns, width, wanted.iterations, plain)
     turned = method == "gram" and plain and source.rows < source.columns
     if turned:
         source = Rows(source.x.mT, None, source.run, source.seed, source.group)

@@ -9,7 +9,7 @@ from lora_fused.ops.stacked_svd.group import Group
 # CholeskyQR squares the condition number; in float64 it holds up to about 1e8.
 SMALLEST = 1e-7
 TINY = 1e-30
-OVERLAP = 8  # of the rounding step; more would show in the components
+OVERLAP = 1e-4  # its square, lost in lengths, is below a rounding step
 
 
 def extend(basis: Tensor | None, z: Tensor) -> Tensor:
@@ -22,9 +22,10 @@ def extend(basis: Tensor | None, z: Tensor) -> Tensor:
     else:
         found, sound = cholesky_qr2(z)
     if basis is not None:
-        # Of a space that is used up, only rounding is left: not orthogonal once it is scaled up.
-        overlap = (basis.mT @ found).abs().amax((1, 2))
-        sound &= overlap < OVERLAP * torch.finfo(z.dtype).eps
+        # Where little was new, scaling it up brought rounding in the basis' span up as well.
+        overlap = basis.mT @ found
+        found = found - basis @ overlap
+        sound &= overlap.abs().amax((1, 2)) < OVERLAP
     if not bool(sound.all()):
         bad = (~sound).nonzero()[:, 0]
         fresh = z[bad] / torch.linalg.vector_norm(z[bad], dim=-2, keepdim=True).clamp_min(TINY)

@@ -308,7 +308,7 @@ def test_rejects_chunks_that_change():
             self.rows -= 1
             yield matrix("inverse", self.rows, 20).float()
 
-    with pytest.raises(ValueError, match=r"stack must give the same 38 rows each time.*, got 36"):
+    with pytest.raises(ValueError, match=r"stack must give the same 38 rows each time.*, got 37"):
         stacked_svd(Shrinking(), rank=3, method="randomized")
 
 
@@ -341,5 +341,18 @@ def test_float64_is_for_the_reference():
         found = stacked_svd(m, rank=40, method=method)
         assert found.s.dtype == torch.float64
         assert torch.allclose(found.s, torch.linalg.svdvals(m), rtol=1e-9)
-    with pytest.raises((ValueError, RuntimeError)):
-        stacked_svd(m, rank=4, impl="native")
+
+
+@pytest.mark.parametrize("impl", ["native", "triton"])
+def test_kernels_refuse_float64(impl, monkeypatch):
+    monkeypatch.setitem(backends.ERRORS, impl, None)
+    monkeypatch.setattr(registration, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(backends, "INTERPRETING", True)
+    m = matrix("inverse", 60, 40)
+    wide = stack_of("rows")[0]
+    wide.lora_a, wide.lora_b = wide.lora_a.double(), wide.lora_b.double()
+    for stack in (m, [m], wide):
+        with pytest.raises(
+            ValueError, match="stack must be of float32, float16, bfloat16 for impl"
+        ):
+            stacked_svd(stack, rank=4, impl=impl)

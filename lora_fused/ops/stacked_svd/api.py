@@ -104,11 +104,12 @@ def stacked_svd(
     seed = 0
     if generator is not None:
         drawn = torch.randint(1 << 62, (), generator=generator, device=generator.device)
-        seed = int(ranks.same(drawn))
+        seed = int(ranks.same(drawn.to(ranks.device())))
     options = (rank, energy, oversampling, power_iterations, weights, center, method)
     with torch.no_grad(), torch.autocast(_device_type(stack), enabled=False):
         return StackedSvd(*solve(stack, *options, seed, ranks, impl))
 
 
 def _device_type(stack: object) -> str:
+    stack = stack.lora_a if isinstance(stack, FactoredStack) else stack
     return stack.device.type if isinstance(stack, Tensor) else "cpu"

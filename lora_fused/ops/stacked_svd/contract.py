@@ -27,13 +27,11 @@ def check_options(rank, energy, oversampling, power_iterations, method) -> None:
         raise invalid(OP, "method", f"be one of {', '.join(METHODS)}", repr(method))
 
 
-def check_tensor(stack: Tensor, name: str) -> None:
+def check_tensor(stack: Tensor) -> None:
     if stack.dim() not in (2, 3):
         raise invalid(OP, "stack", "be [T, I] or [L, T, I]", shape(stack))
-    stored = (*STORAGE, torch.float64) if name == "reference" else STORAGE
-    if stack.dtype not in stored:
-        names = ", ".join(str(d).removeprefix("torch.") for d in stored)
-        raise invalid(OP, "stack", f"be of {names} for impl {name!r}", stack.dtype)
+    if stack.dtype not in (*STORAGE, torch.float64):
+        raise invalid(OP, "stack", f"be of {names((*STORAGE, torch.float64))}", stack.dtype)
     if 0 in stack.shape:
         raise invalid(OP, "stack", "have no empty dimension", shape(stack))
 
@@ -107,6 +105,10 @@ def check_rank(rank: int | None, rows: int, columns: int) -> None:
     if rank is not None and rank > min(rows, columns):
         rule = f"be at most {min(rows, columns)}, the smaller side of [{rows}, {columns}]"
         raise invalid(OP, "rank", rule, rank)
+
+
+def names(dtypes: tuple) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
 def _first_bad(t: Tensor) -> list[int]:

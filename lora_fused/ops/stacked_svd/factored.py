@@ -105,16 +105,18 @@ class FactoredSum(Rows):
             part = self.outer[:, t : t + BLOCK_ROWS].to(self.dtype) * self.row_scale
             yield "", self._times(part.mT, self.inner)[None], None
 
-    def sweep(self, basis, width=0, *, want_y=True, want_z=True, run=None):
+    def sweep(self, basis, width=0, *, want_y=True, want_z=True, y=None, run=None):
         if run is not None:
             return super().sweep(basis, width, want_y=want_y, want_z=want_z, run=run)
         if not self.measured:
             super().sweep(None, want_y=False, want_z=False, run=_nothing)
         if basis is None:
             basis = signs(self.seed, 0, self.columns, width, self.device, self.dtype)[None]
-        y = self._through(basis[0], self.inner, self.outer) * self.scale
-        z = (self._through(y, self.outer, self.inner) * self.scale).mT if want_z else None
-        return y[None] if want_y else None, None if z is None else z[None]
+        found = self._through(basis[0], self.inner, self.outer) * self.scale
+        z = (self._through(found, self.outer, self.inner) * self.scale).mT if want_z else None
+        if y is not None:
+            y[0] = found
+        return (found[None] if y is None else y), None if z is None else z[None]
 
     def _through(self, right: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """second^T (row_scale * (first @ right)), in blocks of rank rows."""

@@ -48,13 +48,14 @@ class Group:
             finish = work()
         except ValueError as raised:
             error = raised
-        failed = self.largest(torch.tensor([float(error is not None)], device=self._device()))
+        failed = self.largest(torch.tensor([float(error is not None)], device=self.device()))
         if error is not None:
             raise error
         if failed.item():
             raise ValueError("stacked_svd: stack must be sound on every rank, got an error on one")
         return finish()
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where tensors must lie to be exchanged."""
         nccl = self.size > 1 and dist.get_backend(self.group) == "nccl"
         return torch.device("cuda" if nccl else "cpu")

@@ -14,6 +14,7 @@ from torch import Tensor
 BLOCK_BYTES = {"cpu": 4 << 20}  # of float32, so that a block is still in cache for its second use
 DEVICE_BLOCK_BYTES = 1 << 30  # elsewhere: few launches
 SIGNS_BYTES = 4 << 20  # a wider test matrix is made in parts and not kept
+SIGN_ROWS = 1024  # made at a time: bits are int64 on the way
 
 
 def forward(
@@ -85,13 +86,17 @@ def signs(seed: int, start: int, stop: int, width: int, device, dtype) -> Tensor
     Column q of row i is bit q % 32 of word q % 128 // 32 of Philox4x32-10 with the seed as key and
     the counter (i mod 2^32, i >> 32, q // 128, 0); a set bit means -1.
     """
-    i = torch.arange(start, stop, device=device)[:, None]
+    found_iq = torch.empty(stop - start, width, device=device, dtype=dtype)
     block = torch.arange(-(-width // 128), device=device)[None, :]
-    zero = torch.zeros_like(i + block)
-    words = philox(seed, [(i & MASK) + zero, (i >> 32) + zero, block + zero, zero])
-    words_iqw = torch.stack(words, -1)  # [i, blocks of 128, 4]
-    bits = (words_iqw[..., None] >> torch.arange(32, device=device)) & 1
-    return (1 - 2 * bits.flatten(1)[:, :width]).to(dtype)
+    zero = torch.zeros_like(block)
+    shifts = torch.arange(32, device=device)
+    for first in range(start, stop, SIGN_ROWS):
+        i = torch.arange(first, min(first + SIGN_ROWS, stop), device=device)[:, None]
+        words = philox(seed, [(i & MASK) + zero, (i >> 32) + zero, block + 0 * i, zero + 0 * i])
+        words_iqw = torch.stack(words, -1)  # [i, blocks of 128, 4]
+        bits_iq = ((words_iqw[..., None] >> shifts) & 1).flatten(1)[:, :width]
+        found_iq[first - start : first - start + len(i)] = 1 - 2 * bits_iq
+    return found_iq
 
 
 MASK = (1 << 32) - 1

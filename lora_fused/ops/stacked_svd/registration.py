@@ -32,8 +32,8 @@ def has_kernel(impl: str, device: torch.device) -> bool:
     if impl == "reference":
         return True
     key = {"cuda": "CUDA"}.get(device.type, "CPU")
-    name = f"lora_fused::stacked_svd_fwd_{impl}"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    operator = getattr(torch.ops.lora_fused, f"stacked_svd_fwd_{impl}")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.default.name(), key)
 
 
 def forward(impl: str, *args) -> tuple[Tensor, Tensor]:

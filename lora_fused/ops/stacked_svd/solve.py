@@ -1,5 +1,8 @@
 """From checked arguments to the result: the source, the method, signs and the certificate."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,15 +39,15 @@ def solve(
     if isinstance(stack, FactoredStack):
         return _factored(stack, wanted, weights, center, method, seed, group, impl)
     if isinstance(stack, Tensor):
+        contract.check_tensor(stack)
         run = _pass_of(impl, stack.device, stack.dtype)
-        contract.check_tensor(stack, run[0])
         contract.check_weights(weights, stack, stack.device)
         x = stack if stack.dim() == 3 else stack[None]
-        out = _tensor(x, wanted, _expand(weights, x), center, method, seed, group, run[1])
+        out = _tensor(x, wanted, _expand(weights, x), center, method, seed, group, run)
         return out if stack.dim() == 3 else _first_layer(*out)
     contract.check_stream(stack, iterations, energy, center, method)
     source = Chunks(stack, None, None, seed, group)
-    source.run = _pass_of(impl, source.device, source.like.dtype)[1]
+    source.run = _pass_of(impl, source.device, source.like.dtype)
     contract.check_weights(weights, stack, source.device)
     source.weights = None if weights is None else weights[None].to(source.dtype)
     return _first_layer(*_found(source, wanted, center, method, False))
@@ -102,7 +105,7 @@ def _certificate(source: Rows, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor
 
 def _factored(stack: FactoredStack, wanted, weights, center, method, seed, group, impl) -> tuple:
     starts = contract.check_factors(stack, center, group.group, FORMS)
-    run = _pass_of(impl, stack.lora_a.device, torch.float32)[1]
+    run = _pass_of(impl, stack.lora_a.device, stack.lora_a.dtype)
     contract.check_weights(weights, stack, stack.lora_a.device)
     count, (inner, outer) = len(starts) - 1, (stack.lora_a, stack.lora_b)
     if weights is not None and len(weights) != count:
@@ -151,12 +154,15 @@ def _expand(weights: Tensor | None, x: Tensor) -> Tensor | None:
     return None if weights is None else weights.to(dtype).expand(x.shape[:2])
 
 
-def _pass_of(impl: str, device: torch.device, dtype: torch.dtype) -> tuple:
-    """The implementation's name and its pass over rows."""
+def _pass_of(impl: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The implementation's pass over rows."""
     name = choose(contract.OP, impl, device, dtype)
     if name != "reference" and not registration.has_kernel(name, device):
         if impl != "auto":
             rule = f"{contract.OP}: impl must be usable here, got {impl!r}"
             raise RuntimeError(f"{rule}: {ERRORS[name] or 'this build has no such kernel'}")
         name = "reference"
-    return name, lambda *args: registration.forward(name, *args)
+    if name != "reference" and dtype not in contract.STORAGE:
+        rule = f"be of {contract.names(contract.STORAGE)} for impl {name!r}"
+        raise contract.invalid(contract.OP, "stack", rule, dtype)
+    return partial(registration.forward, name)

@@ -63,26 +63,33 @@ class Rows:
         *,
         want_y: bool = True,
         want_z: bool = True,
+        y: Tensor | None = None,
         run: Callable | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """y = scale * M @ basis of the rows here, and z = scale * y^T @ M over the group.
 
         basis [L, I, Q]; None: the test matrix of ``width`` columns. y [L, T, Q], z [L, Q, I].
-        ``run`` stands in for the implementation's pass.
+        A later sweep than the first writes into ``y`` if given. ``run`` stands in for the
+        implementation's pass.
         """
         run = run or self.run
         if not self.measured:
             return self.group.together(lambda: self._first(run, basis, width, want_y, want_z))
-        parts_y, z = [], None
+        z, done = None, 0
+        if want_y and y is None:
+            y = torch.empty(
+                self.layers, self.rows, basis.shape[-1], dtype=self.dtype, device=self.device
+            )
         for _, x, weights in self.pieces():
-            y, part = self._run(run, x, weights, basis, width, want_y, want_z)
-            parts_y.append(y)
-            z = part if z is None else z.add_(part)
-        rows = sum(y.shape[1] for y in parts_y) if want_y else self.rows
-        if rows != self.rows:
+            part_y, part_z = self._run(run, x, weights, basis, width, want_y, want_z)
+            if done + x.shape[1] <= self.rows and want_y:
+                y[:, done : done + x.shape[1]] = part_y
+            z = part_z if z is None else z.add_(part_z)
+            done += x.shape[1]
+        if done != self.rows:
             rule = f"give the same {self.rows} rows each time it is iterated"
-            raise invalid(OP, "stack", rule, rows)
-        return self._joined(parts_y, want_y), self._reduced(z, want_z)
+            raise invalid(OP, "stack", rule, done)
+        return y, self._reduced(z, want_z)
 
     def residual(self, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
         """||M - u diag(s) vh||_F^2 of the scaled matrix [L], measured block by block in float64."""
@@ -123,9 +130,9 @@ class Rows:
             self.total += total
             largest = torch.maximum(largest, norm)
             z = self._rescale(_power_of_two(largest, self.dtype), parts_y, z)
-            y, part = self._run(run, x, weights, basis, width, want_y, want_z)
-            parts_y.append(y)
-            z = part if z is None else z.add_(part)
+            part_y, part_z = self._run(run, x, weights, basis, width, want_y, want_z)
+            parts_y.append(part_y)
+            z = part_z if z is None else z.add_(part_z)
             rows += x.shape[1]
         if rows == 0 and self.group.size == 1:
             raise invalid(OP, "stack", "have at least one row", "none")

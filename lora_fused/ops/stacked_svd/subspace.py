@@ -81,21 +81,47 @@ def krylov(source: Rows, wanted: Wanted) -> Factors:
         steps = max(2 * wanted.iterations, 2)
     _, z = source.sweep(None, min(width, source.columns), want_y=False)
     limit = min(source.columns, source.all_rows())
-    basis = _agreed(source, extend(None, z.mT[..., :limit]))
-    newest, parts, total = basis, [], source.total * source.scale.double() ** 2
+    newest = _agreed(source, extend(None, z.mT[..., :limit]))
+    room = min(width * (steps or 8), limit)
+    basis, y = Columns(source.columns, room, newest), Columns(source.rows, room, newest)
+    total = source.total * source.scale.double() ** 2
+    basis.append(newest)
+    step = 0
     while True:
-        width = min(width, limit - basis.shape[-1])
-        last = width == 0 or (steps is not None and len(parts) + 1 >= steps)
-        y, z = source.sweep(newest, want_z=not last)
-        parts.append(y)
-        if last or (wanted.rank is None and len(parts) > wanted.iterations):
-            found = TallSvd(torch.cat(parts, -1), source.group)
+        step += 1
+        width = min(width, limit - basis.width)
+        last = width == 0 or step == steps
+        _, z = source.sweep(newest, want_z=not last, y=y.next(newest.shape[-1]))
+        if last or (steps is None and step > wanted.iterations):
+            found = TallSvd(y.used, source.group)
             count = wanted.count(found.s, total, complete=width == 0)
             if last or count is not None:
                 u, s, v = found.leading(count)
-                return u, s, (basis @ v).mT
-        newest = _agreed(source, extend(basis, z.mT[..., :width]))
-        basis = torch.cat([basis, newest], -1)
+                return u, s, (basis.used @ v).mT
+        newest = _agreed(source, extend(basis.used, z.mT[..., :width]))
+        basis.append(newest)
+
+
+class Columns:
+    """A matrix [L, n, D] that grows by columns in place."""
+
+    def __init__(self, length: int, room: int, like: Tensor):
+        self.all = like.new_empty(like.shape[0], length, room)
+        self.width = 0
+
+    @property
+    def used(self) -> Tensor:
+        return self.all[..., : self.width]
+
+    def next(self, width: int) -> Tensor:
+        """Room for ``width`` more columns, to be filled in."""
+        if self.width + width > self.all.shape[-1]:
+            self.all = torch.cat([self.all, torch.empty_like(self.all)], -1)
+        self.width += width
+        return self.all[..., self.width - width : self.width]
+
+    def append(self, columns: Tensor) -> None:
+        self.next(columns.shape[-1]).copy_(columns)
 
 
 def gram(source: Rows, wanted: Wanted) -> Factors:

@@ -43,3 +43,11 @@ def forward(impl: str, *args) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         return torch.ops.lora_fused.stacked_svd_fwd_triton(*args)
     return reference.forward(*args)
+
+
+# The launcher is imported on first use. On the CPU it runs in Triton's interpreter, for tests.
+@torch.library.impl("lora_fused::stacked_svd_fwd_triton", ("cpu", "cuda"))
+def _fwd_triton(*args):
+    from lora_fused.ops.stacked_svd import triton_impl
+
+    return triton_impl.forward(*args)

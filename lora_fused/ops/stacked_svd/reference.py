@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = {"cpu": 4 << 20}  # of float32, so that a block is still in cache for its second use
+BLOCK_BYTES = {"cpu": 2 << 20}  # of float32, so that a block is still in cache for its second use
 DEVICE_BLOCK_BYTES = 1 << 30  # elsewhere: few launches
 SIGNS_BYTES = 4 << 20  # a wider test matrix is made in parts and not kept
 SIGN_ROWS = 1024  # made at a time: bits are int64 on the way

@@ -164,13 +164,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     # into three bfloat16 numbers, 8 bits each, which hold all 24 of its bits: 3 passes at twice
     # the rate of the 3 in TF32. float16 has too few exponents for that.
     if a.dtype == b.dtype and a.dtype != tl.float32:
-        return tl.dot(a, b, acc)
-    if b.dtype != tl.bfloat16:
-        return tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
-    for _ in tl.static_range(3):
-        part = a.to(tl.bfloat16)
-        acc = tl.dot(part, b, acc)
-        a -= part.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+    elif b.dtype != tl.bfloat16:
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        for _ in tl.static_range(3):
+            part = a.to(tl.bfloat16)
+            acc = tl.dot(part, b, acc)
+            a -= part.to(tl.float32)
     return acc
 
 

@@ -1,0 +1,151 @@
+// The inner loops, written once over Vec and compiled per instruction set (see common/vec.h).
+//
+// Each output element is one chain of multiply-adds per panel (y) or block of rows (z), from zero,
+// and the chains are added in order: lanes never meet, so every width computes the same bits.
+#include "../common/vec.h"
+#include "stacked_svd_kernels.h"
+
+namespace lora_fused {
+namespace LF_NS {
+
+// Vectors of a tile's sums: AVX-512 has 32 registers, the others 16.
+constexpr int kSums = LF_SIMD == 2 ? 24 : LF_SIMD == 1 ? 12 : 6;
+constexpr int kVecs = 3;
+constexpr int kStrip = kVecs * Vec::width;
+
+// out[i][j] += sum_k a[i * A + k * a_step] * b[k * b_step + j], R x V vectors of it.
+template <int R, int V, int64_t A>
+static inline void add_tile(const float* a, int64_t a_step, const float* b, int64_t b_step,
+                            int64_t depth, float* out, int64_t out_stride) {
+  Vec acc[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec::zero();
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    Vec bv[V];
+    for (int v = 0; v < V; ++v) bv[v] = Vec::load(b + v * Vec::width);
+    for (int i = 0; i < R; ++i) {
+      const Vec av = Vec::set(a[i * A]);
+      for (int v = 0; v < V; ++v) acc[i][v].fma(av, bv[v]);
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) {
+      float* const to = out + i * out_stride + v * Vec::width;
+      Vec sum = Vec::load(to);
+      sum.add(acc[i][v]);
+      sum.store(to);
+    }
+}
+
+// m[r][c] of rows [r0, r0 + n_rows) and columns [c0, c0 + n) as float32, kColumns apart. What is
+// left of a vector beyond n is zero.
+template <class T>
+static void load_rows(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n,
+                      float* m) {
+  const T* x = reinterpret_cast<const T*>(block.x) + r0 * block.stride_row + c0 * block.stride_col;
+  if (block.stride_col == 1) {
+    for (int64_t r = 0; r < n_rows; ++r, x += block.stride_row) {
+      float* const row = m + r * kColumns;
+      int64_t c = 0;
+      for (; c + Vec::width <= n; c += Vec::width) Vec::load(x + c).store(row + c);
+      if (c < n) load_part(x + c, int(n - c)).store(row + c);
+      for (int64_t p = 0; p < kColumns; p += int64_t(64 / sizeof(T)))
+        __builtin_prefetch(x + kColumns + p);
+    }
+  } else {
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t r = 0; r < n_rows; ++r)
+        m[r * kColumns + c] = to_float(x[r * block.stride_row + c * block.stride_col]);
+  }
+  if (!block.mean && !block.weights) return;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const float weight = block.weights ? block.weights[r0 + r] : 1.0f;
+    for (int64_t c = 0; c < n; ++c)
+      m[r * kColumns + c] = (m[r * kColumns + c] - (block.mean ? block.mean[c0 + c] : 0.0f)) * weight;
+  }
+}
+
+static void load(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n, float* m) {
+  if (block.dtype == Dtype::f32) load_rows<float>(block, r0, n_rows, c0, n, m);
+  if (block.dtype == Dtype::bf16) load_rows<bf16>(block, r0, n_rows, c0, n, m);
+  if (block.dtype == Dtype::f16) load_rows<f16>(block, r0, n_rows, c0, n, m);
+}
+
+// Rows [c0, c0 + n) of the basis, each padded to its stride.
+static void load_basis(const Basis& basis, int64_t c0, int64_t n, float* out) {
+  const int64_t stride = basis.stride();
+  for (int64_t k = 0; k < n; ++k, out += stride) {
+    if (basis.data) {
+      const float* const row = basis.data + (c0 + k) * basis.width;
+      __builtin_memcpy(out, row, basis.width * sizeof(float));
+      continue;
+    }
+    const uint32_t* const words = basis.words + (c0 + k) * basis.words_per_column;
+    for (int64_t q = 0; q < stride; q += 16) {
+      const uint32_t bits = words[q / 32] >> (q % 32);
+      for (uint32_t j = 0; j < 16; ++j) {
+        const uint32_t one = 0x3f800000u | ((bits >> j) << 31);
+        __builtin_memcpy(out + q + j, &one, 4);
+      }
+    }
+  }
+}
+
+// V vectors of columns of y, all rows of a tile.
+template <int V>
+static inline void add_columns(const float* m, int64_t rows, const float* basis, int64_t stride,
+                               int64_t n, float* y) {
+  constexpr int R = kSums / V;
+  for (int64_t r = 0; r < rows; r += R)
+    add_tile<R, V, kColumns>(m + r * kColumns, 1, basis, stride, n, y + r * stride, stride);
+}
+
+static void project(const RowBlock& block, const Basis& basis, int64_t columns, float scale,
+                    float* b, float* y) {
+  const int64_t stride = basis.stride();
+  alignas(64) float m[kTileRows * kColumns] = {};  // a tile may read rows that are not there
+  __builtin_memset(y, 0, kRows * stride * sizeof(float));
+  for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+    const int64_t n = columns - c0 < kColumns ? columns - c0 : kColumns;
+    load_basis(basis, c0, n, b);
+    for (int64_t r0 = 0; r0 < block.rows; r0 += kTileRows) {
+      const int64_t rows = block.rows - r0 < kTileRows ? block.rows - r0 : kTileRows;
+      load(block, r0, rows, c0, n, m);
+      float* const out = y + r0 * stride;
+      int64_t q = 0;
+      // Four vectors that remain are two pairs, for a single one reads m for each multiply-add.
+      for (; q + kStrip <= stride && q + kStrip + Vec::width != stride; q += kStrip)
+        add_columns<kVecs>(m, rows, b + q, stride, n, out + q);
+      for (; q + 2 * Vec::width <= stride; q += 2 * Vec::width)
+        add_columns<2>(m, rows, b + q, stride, n, out + q);
+      if (q < stride) add_columns<1>(m, rows, b + q, stride, n, out + q);
+    }
+  }
+  for (int64_t i = 0; i < block.rows * stride; ++i) y[i] *= scale;
+}
+
+static void add_outer(const RowBlock& block, const float* y, int64_t width, int64_t stride,
+                      int64_t first, int64_t count, float* z, int64_t z_stride) {
+  constexpr int R = kSums / kVecs;
+  alignas(64) float m[kRows * kColumns];
+  if (count < kColumns) __builtin_memset(m, 0, sizeof m);
+  load(block, 0, block.rows, first, count, m);
+  for (int64_t c = 0; c < count; c += kStrip)
+    for (int64_t q = 0; q < width; q += R) {
+      float* const out = z + q * z_stride + c;
+      if (c + kStrip <= count && q + R <= width) {
+        add_tile<R, kVecs, 1>(y + q, stride, m + c, kColumns, block.rows, out, z_stride);
+        continue;
+      }
+      alignas(64) float edge[R * kStrip] = {};
+      add_tile<R, kVecs, 1>(y + q, stride, m + c, kColumns, block.rows, edge, kStrip);
+      for (int64_t i = 0; i < R && q + i < width; ++i)
+        for (int64_t j = 0; j < kStrip && c + j < count; ++j)
+          out[i * z_stride + j] += edge[i * kStrip + j];
+    }
+}
+
+extern const SvdKernels svd_kernels = {project, add_outer};
+
+}  // namespace LF_NS
+}  // namespace lora_fused

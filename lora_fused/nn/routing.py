@@ -114,21 +114,21 @@ class Routing:
             )
         return route if route.adapter_ids.device == x.device else route.to(x.device)
 
-    def plan(self, name: str, base: Tensor, route: Route, count: int) -> MixturePlan | None:
-        """The plan of one module's call under ``current``'s route; None: the op needs none of us.
+    def plan(
+        self, name: str, base: Tensor, route: Route, stack: AdapterStack
+    ) -> MixturePlan | None:
+        """The plan of one module's call under ``current``'s route; None: the op wants none.
 
-        Args:
-            base: the frozen layer's output.
-            count: adapters in the module's stack.
+        ``base`` is the frozen layer's output.
         """
         if not takes_plan(base, self.options.impl):
             return None
         active = self.active
         if active.router is None:
-            return self._plans.of(name, base, route, active.route, count)
+            return self._plans.of(name, base, route, active.route, len(stack))
         if route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
             return None
-        return self._plans.of(name, base, route, route, count)
+        return self._plans.of(name, base, route, route, len(stack))
 
     def enter(self, active: Active) -> None:
         """Put a mixture in force; a nested one overrides it until it is left."""

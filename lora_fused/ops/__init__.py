@@ -1,5 +1,5 @@
 """Fused operations on tensors. See README.md beside this file for the table."""
 
-from lora_fused.ops.mixture_lora.api import mixture_lora
+from lora_fused.ops.mixture_lora.api import mixture_lora, mixture_lora_group
 
-__all__ = ["mixture_lora"]
+__all__ = ["mixture_lora", "mixture_lora_group"]

@@ -60,9 +60,9 @@ def made(monkeypatch):
     """The number of rows of each plan made, by whomever."""
     rows, make = [], op_plans.make_plan
 
-    def record(adapter_ids, row_mixture, n):
+    def record(adapter_ids, row_mixture, n, *rest, **options):
         rows.append(n)
-        return make(adapter_ids, row_mixture, n)
+        return make(adapter_ids, row_mixture, n, *rest, **options)
 
     monkeypatch.setattr(op_plans, "make_plan", record)
     return rows
@@ -317,8 +317,8 @@ def test_compiled_code_makes_its_own_and_is_compiled_once():
     torch._dynamo.reset()
 
 
-def of(plans_of, name, base, route, origin=None):
-    return plans_of.of(name, base, route, origin or route, 2)
+def of(held, name, base, route, origin=None):
+    return held.of(name, base, route, origin or route, 2)
 
 
 def test_what_one_stream_or_capture_makes_no_other_uses(monkeypatch):

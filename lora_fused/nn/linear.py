@@ -70,7 +70,7 @@ class MixtureLayer:
             scale=stack.scale,
             ranks=stack.slot_ranks,
             row_mixture=route.row_mixture,
-            plan=site.routing.plan(site.name, base, route, stack) if shared else None,
+            plan=site.routing.plan(site.name, x, route, stack) if shared else None,
             max_rank=stack.max_rank,
             base=base,
             impl="auto" if site is None else site.routing.options.impl,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lora_fused.adapters import AdapterStack
 from lora_fused.backends import choose
 from lora_fused.mixture import Route
 from lora_fused.ops.mixture_lora import contract
@@ -36,28 +37,39 @@ class Plans:
         # The tensors are kept beside their plan, so that no others take their place in memory.
         self._made: dict[tuple, tuple[plans.MixturePlan, Route]] = {}
 
-    def of(self, name: str, base: Tensor, route: Route, origin: Route, count: int):
-        """The plan of module ``name`` for a call with as many rows as ``base``, on its device.
+    def of(
+        self, name: str, x: Tensor, route: Route, origin: Route, stack: AdapterStack
+    ) -> plans.MixturePlan | None:
+        """The plan of module ``name`` for its input x; None where the kernel needs none.
 
-        ``route`` lies on that device, ``origin`` is what it was moved from; ``count`` adapters.
+        ``route`` lies on x's device, ``origin`` is what it was moved from.
         """
         if name in self._served:
             self._served.clear()
             self._made.clear()
         self._served.add(name)
-        key = (base.shape[:-1].numel(), *_place(base), *_stamp(origin))
+        if not torch.is_grad_enabled() and _is_one_launch(x, route, stack):
+            return None
+        key = (x.shape[:-1].numel(), *_place(x), *_stamp(origin))
         if key not in self._made:
-            self._made[key] = (_make(base, route, count), origin)
+            self._made[key] = (_make(x, route, len(stack)), origin)
         return self._made[key][0]
 
 
-def _make(base: Tensor, route: Route, count: int) -> plans.MixturePlan:
+def _is_one_launch(x: Tensor, route: Route, stack: AdapterStack) -> bool:
+    lora_a, lora_b = stack.factors()
+    rank = lora_a.shape[1] if stack.row_start is None else stack.max_rank
+    x_ni = x.reshape(-1, x.shape[-1])
+    return plans.is_one_launch(x_ni, [lora_b], route.adapter_ids.shape[1], rank)
+
+
+def _make(x: Tensor, route: Route, count: int) -> plans.MixturePlan:
     ids, row_mixture = route.adapter_ids, route.row_mixture
     # The op would say it too, but only after a plan of ids that do not fit.
-    contract.check_route(base, ids, route.weights, row_mixture, count)
+    contract.check_route(x, ids, route.weights, row_mixture, count)
     if ids.dtype == torch.int64:
         ids = ids.clamp(-(2**31), 2**31 - 1).int()  # as mixture_lora reads them
-    return plans.make_plan(ids, row_mixture, base.shape[:-1].numel())
+    return plans.make_plan(ids, row_mixture, x.shape[:-1].numel())
 
 
 def _place(x: Tensor) -> tuple:

@@ -114,21 +114,16 @@ class Routing:
             )
         return route if route.adapter_ids.device == x.device else route.to(x.device)
 
-    def plan(
-        self, name: str, base: Tensor, route: Route, stack: AdapterStack
-    ) -> MixturePlan | None:
-        """The plan of one module's call under ``current``'s route; None: the op wants none.
-
-        ``base`` is the frozen layer's output.
-        """
-        if not takes_plan(base, self.options.impl):
+    def plan(self, name: str, x: Tensor, route: Route, stack: AdapterStack) -> MixturePlan | None:
+        """The plan of one module's call under ``current``'s route; None: the op wants none."""
+        if not takes_plan(x, self.options.impl):
             return None
         active = self.active
         if active.router is None:
-            return self._plans.of(name, base, route, active.route, len(stack))
+            return self._plans.of(name, x, route, active.route, stack)
         if route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
             return None
-        return self._plans.of(name, base, route, route, len(stack))
+        return self._plans.of(name, x, route, route, stack)
 
     def enter(self, active: Active) -> None:
         """Put a mixture in force; a nested one overrides it until it is left."""

@@ -55,8 +55,18 @@ def inputs(samples=3, length=5):
     return torch.randn(samples, length, 8, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(autouse=True)
+def plans_needed(monkeypatch):
+    """Calls as small as these would run in one launch, which needs no plan."""
+    monkeypatch.setattr(op_plans, "is_one_launch", lambda *args: False)
+
+
 @pytest.fixture
 def made(monkeypatch):
+    return recorded(monkeypatch)
+
+
+def recorded(monkeypatch):
     """The number of rows of each plan made, by whomever."""
     rows, make = [], op_plans.make_plan
 
@@ -78,7 +88,7 @@ def alone(model, *args):
 MIXTURES = {
     "one row": Mixture.of({"a": 0.5, "b": 2.0}),
     "per sample": Mixture.rows(ROWS),
-    "per token": Mixture.rows(ROWS * 5, per="token"),
+    "per token": None,  # depends on the number of tokens
     "repeated": Mixture.rows(ROWS[:1] * 3).repeat(1),
     "row_mixture": Mixture(
         (("a", "b"), ("b", None)), torch.ones(2, 2), "sample", torch.tensor([1, 0, 1]).int()
@@ -87,18 +97,34 @@ MIXTURES = {
 }
 
 
+@pytest.mark.parametrize("length", [5, 20])
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_one_plan_serves_every_layer_of_a_forward(kind, made):
+def test_one_plan_serves_every_layer_of_a_forward(kind, length, made):
     model, handle = attached()
-    x = inputs()
-    with handle.mix(MIXTURES[kind]), torch.no_grad():
+    mixture = MIXTURES[kind] or Mixture.rows(ROWS * length, per="token")
+    x, rows = inputs(3, length), 3 * length
+    with handle.mix(mixture), torch.no_grad():
         own = alone(model, x)
-        assert made == [15] * DEPTH
+        assert made == [rows] * DEPTH
         made.clear()
         for forwards in (1, 2):
             assert torch.equal(model(x), own)
-            assert made == [15] * forwards
+            assert made == [rows] * forwards
     assert not torch.equal(own, Tower()(x))
+
+
+def test_a_single_launch_needs_no_plan_but_its_backward_does(monkeypatch):
+    model, handle = attached()
+    monkeypatch.undo()  # of plans_needed
+    made = recorded(monkeypatch)
+    assert op_plans.is_one_launch(torch.empty(3, 8), [torch.empty(4, 8)], 2, 2)
+    x = inputs(3, 1)
+    with handle.mix(Mixture.rows(ROWS)):
+        with torch.no_grad():
+            y = model(x)
+            assert made == [] and torch.equal(alone(model, x), y)
+        assert torch.equal(model(x), y)
+    assert made == [3]
 
 
 @pytest.mark.parametrize("impl", ["auto", "native", "reference"])
@@ -317,30 +343,29 @@ def test_compiled_code_makes_its_own_and_is_compiled_once():
     torch._dynamo.reset()
 
 
-def of(held, name, base, route, origin=None):
-    return held.of(name, base, route, origin or route, 2)
-
-
 def test_what_one_stream_or_capture_makes_no_other_uses(monkeypatch):
-    route = Mixture.rows(ROWS).resolve(attached()[1].bank)
+    model, handle = attached()
+    route, stack = Mixture.rows(ROWS).resolve(handle.bank), model.layers[0].lora_stack
     place, held, x = [0, False], Plans(), inputs()
     monkeypatch.setattr(plans, "_place", lambda x: tuple(place))
-    eager = of(held, "first", x, route)
-    assert of(held, "second", x, route) is eager
+    eager, again = (held.of(name, x, route, route, stack) for name in ("first", "second"))
+    assert again is eager
     place[1] = True  # in a capture
-    captured = of(held, "third", x, route)
-    assert captured is not eager and of(held, "fourth", x, route) is captured
-    place[:] = [1, False]
-    other = of(held, "fifth", x, route)
+    captured, again = (held.of(name, x, route, route, stack) for name in ("third", "fourth"))
+    assert again is captured is not eager
+    place[:] = [1, False]  # on another stream
+    other = held.of("fifth", x, route, route, stack)
     assert other is not eager and other is not captured
 
 
 def test_layers_on_another_device_share_a_plan_there(made):
     """Where every layer moves the route anew, it is still one mixture."""
-    route = Mixture.rows(ROWS).resolve(attached()[1].bank)
+    model, handle = attached()
+    route, stack = Mixture.rows(ROWS).resolve(handle.bank), model.layers[0].lora_stack
     held, x = Plans(), inputs()
-    here = of(held, "first", x, route)
-    there = [of(held, name, x.to("meta"), route.to("meta"), route) for name in ("second", "third")]
+    here = held.of("first", x, route, route, stack)
+    x = x.to("meta")
+    there = [held.of(name, x, route.to("meta"), route, stack) for name in ("second", "third")]
     assert there[0] is there[1] is not here
     assert {t.device.type for t in there[0]} == {"meta"} and made == [15, 15]
 

@@ -235,7 +235,7 @@ def test_a_hundred_thousand_adapters(form):
         testing.assert_within_budget(actual[leaf], competitor[leaf], exact[leaf], leaf)
 
 
-@pytest.mark.parametrize("sizes", [(33, 65), (1, 1), (3, 1025), (1025, 3), (127, 129)], ids=str)
+@pytest.mark.parametrize("sizes", [(33, 65), (1, 1), (3, 515), (515, 3), (127, 129)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_from_1_to_512_in_one_call(form, sizes):
     ranks = (1, 512, 3, 100, 17, 256, 64, 511, 0)

@@ -29,8 +29,12 @@ from benchmarks.harness import Case, Gate, Result
 from lora_fused.backends import ERRORS, INTERPRETING
 
 ROUNDS = 3  # turns that each contender gets at each clock
-INVARIANT = "LORA_FUSED_BATCH_INVARIANT"
-OURS = ("triton", "triton_plan_inside", "triton_batch_invariant")
+# Rows of ours under a variable that is read at import: each takes a process of its own.
+VARIANTS = {
+    "triton_batch_invariant": "LORA_FUSED_BATCH_INVARIANT",
+    "triton_pdl": "LORA_FUSED_PDL",
+}
+OURS = ("triton", "triton_plan_inside", *VARIANTS)
 
 Timer = Callable[[Callable[[], object]], list[float]]  # seconds of each run
 Raced = dict[str, list[Result]]  # by clock
@@ -73,7 +77,7 @@ def bench(
     options: argparse.Namespace,
     device: torch.device,
     timers: Mapping[str, Timer],
-    elsewhere: Callable[[argparse.Namespace], dict[str, Raced]] | None = None,
+    elsewhere: Callable[[str, argparse.Namespace], dict[str, Raced]] | None = None,
 ) -> int:
     """Race the chosen works; 1 where one of ours is wrong, else 0.
 
@@ -81,27 +85,28 @@ def bench(
         options: of the command line.
         device: where the tensors lie; on the CPU the kernels are interpreted, for tests.
         timers: clocks by name.
-        elsewhere: the results of a process with batch invariance on, by work; default: start one.
+        elsewhere: runs one of VARIANTS; its results by work. Default: in a process of its own.
     """
     os.environ.setdefault("TRITON_INTERPRET", "0")  # benchmarks.traffic wants it to be 1
     from benchmarks.gpu import contenders as field
 
-    works = {w.name: w for w in field.WORKS if not options.work or w.name in options.work}
+    works = _chosen(field.WORKS, options.work)
     if options.results:
         own = {"triton": field.ours()["triton"]}
         found = {name: _race(field, work, own, device, timers) for name, work in works.items()}
         options.results.write_text(json.dumps(found, default=dataclasses.asdict))
         return 0
     peers, reasons = field.peers(download=not options.offline)
-    invariant = (elsewhere or _with_batch_invariance)(options)
+    variants = [(elsewhere or _in_fresh_process)(name, options) for name in VARIANTS]
     results = table.Table(options.csv) if options.csv else None
     print(f"{device_name(device)}, commit {machine.commit()}, torch {torch.__version__}")
     print(*(f"skipped {reason}" for reason in reasons), sep="\n", end="\n" * bool(reasons))
     wrong = 0
     for name, work in works.items():
         raced = _race(field, work, field.ours() | peers, device, timers)
-        for clock, others in invariant.get(name, {}).items():
-            raced[clock] += others
+        for variant in variants:
+            for clock, more in variant.get(name, {}).items():
+                raced[clock] += more
         try:
             rows = _report(field, work, raced, device, timers)
         except table.WrongResult as error:
@@ -129,6 +134,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--offline", action="store_true", help="download no wheels of peers")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # of a second process
     return parser.parse_args(argv)
+
+
+def _chosen(works: list, names: list[str] | None) -> dict:
+    known = {work.name: work for work in works}
+    for name in names or ():
+        if name not in known:
+            raise SystemExit(f"bench-gpu: --work must be one of {', '.join(known)}, got {name!r}")
+    return {name: known[name] for name in names or known}
 
 
 @torch.no_grad()
@@ -196,22 +209,21 @@ def _report(field, work, raced: Raced, device, timers: Mapping[str, Timer]) -> l
     return rows
 
 
-def _with_batch_invariance(options: argparse.Namespace) -> dict[str, Raced]:
-    # The switch is read once, so it takes a process of its own.
+def _in_fresh_process(name: str, options: argparse.Namespace) -> dict[str, Raced]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", "benchmarks.bench_gpu", "--results", str(path)]
-        command += [part for name in options.work or () for part in ("--work", name)]
-        done = subprocess.run(command, env=os.environ | {INVARIANT: "1"}, cwd=machine.ROOT)
+        command += [part for work in options.work or () for part in ("--work", work)]
+        done = subprocess.run(command, env=os.environ | {VARIANTS[name]: "1"}, cwd=machine.ROOT)
         if done.returncode != 0:
-            print(f"skipped triton_batch_invariant: its process ended with {done.returncode}")
+            print(f"skipped {name}: its process ended with {done.returncode}")
             return {}
-        return read_results(path)
+        return read_results(path, name)
 
 
-def read_results(path: Path) -> dict[str, Raced]:
-    """Results of the process with batch invariance on, under the name of their own row."""
-    renamed = {"name": "triton_batch_invariant"}
+def read_results(path: Path, name: str) -> dict[str, Raced]:
+    """What a run with --results wrote, under the name of their own row."""
+    renamed = {"name": name}
     return {
         work: {clock: [Result(**r | renamed) for r in results] for clock, results in raced.items()}
         for work, raced in json.loads(path.read_text()).items()

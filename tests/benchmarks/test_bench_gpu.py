@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from support import ROOT
 
 from benchmarks import bench_gpu
 from benchmarks.bench_gpu import main
@@ -46,7 +47,9 @@ def field(monkeypatch):
     return contenders
 
 
-def bench(tmp_path, timers=TIMERS, elsewhere=lambda options: {}, extra=()) -> tuple[int, list]:
+def bench(
+    tmp_path, timers=TIMERS, elsewhere=lambda name, options: {}, extra=()
+) -> tuple[int, list]:
     path = tmp_path / "gpu.csv"
     options = bench_gpu._parse(["--offline", "--csv", str(path), *extra])
     code = bench_gpu.bench(options, CPU, timers, elsewhere)
@@ -153,24 +156,35 @@ def test_ours_wrong_records_nothing(fault, field, tmp_path, monkeypatch, capsys)
     assert "NOT RECORDED" in capsys.readouterr().err
 
 
-def test_batch_invariant_results_come_from_another_process(field, tmp_path):
+def test_variants_come_from_processes_of_their_own(field, tmp_path):
     path = tmp_path / "results.json"
     options = bench_gpu._parse(["--results", str(path)])
     assert bench_gpu.bench(options, CPU, TIMERS) == 0
     (raced,) = json.loads(path.read_text()).values()
     assert set(raced) == set(TIMERS) and [r["name"] for r in raced["do_bench"]] == ["triton"]
-    read = bench_gpu.read_results(path)
+    read = bench_gpu.read_results(path, "triton_pdl")
     assert isinstance(read["tiny"]["cudagraph"][0], Result)
-    code, rows = bench(tmp_path, elsewhere=lambda options: read)
-    named = [row["clock"] for row in rows if row["impl"] == "triton_batch_invariant"]
-    assert code == 0 and named == list(TIMERS)
+    code, rows = bench(tmp_path, elsewhere=lambda name, options: bench_gpu.read_results(path, name))
+    assert code == 0
+    for name in ("triton_batch_invariant", "triton_pdl"):
+        assert [row["clock"] for row in rows if row["impl"] == name] == list(TIMERS)
 
 
 def test_a_failing_process_costs_its_row_alone(monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu.sys, "executable", "false")
     options = bench_gpu._parse(["--work", "decode"])
-    assert bench_gpu._with_batch_invariance(options) == {}
-    assert "skipped triton_batch_invariant: its process ended with 1" in capsys.readouterr().out
+    assert bench_gpu._in_fresh_process("triton_pdl", options) == {}
+    assert "skipped triton_pdl: its process ended with 1" in capsys.readouterr().out
+
+
+def test_the_variables_are_those_that_the_package_reads():
+    text = (ROOT / "lora_fused" / "backends.py").read_text()
+    assert all(f'"{variable}"' in text for variable in bench_gpu.VARIANTS.values())
+
+
+def test_an_unknown_work_is_refused(field, tmp_path):
+    with pytest.raises(SystemExit, match="--work must be one of tiny, got 'decod'"):
+        bench(tmp_path, extra=("--work", "decod"))
 
 
 def test_vllm_and_sglang_take_part_where_they_are_unpacked(field, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from lora_fused.checks import invalid
 _OP = "mixture_lora"
 
 # One launch recomputes h = A x for every SPAN columns of y. It is taken where that costs less than
-# a second launch does: 2 microseconds, at 100 GB/s a program and 5.5 TB/s for all of them.
+# a second launch does: 2 microseconds, at 100 GB/s a program and 5.5 TB/s for all of them; and not
+# for more rows, which share adapters: one launch reads an adapter for each row anew.
 SPAN = 1024
-ONE_PROGRAM, ONE_LAUNCH = 200_000, 11_000_000  # bytes
+ONE_PROGRAM, ONE_LAUNCH, ONE_ROWS = 200_000, 11_000_000, 16  # bytes, bytes, rows
 
 
 class MixturePlan(NamedTuple):
@@ -57,7 +58,8 @@ def is_one_launch(x_ni: Tensor, lora_b, per_row: int, max_rank: int) -> bool:
     small = program <= ONE_PROGRAM and program * programs <= ONE_LAUNCH
     # All ranks of a row are kept in registers, each adapter's padded to a power of two.
     padded = max(16, 1 << (max_rank - 1).bit_length()) * per_row
-    return small and padded <= 128 and not backends.BATCH_INVARIANT
+    few = rows <= ONE_ROWS and padded <= 128
+    return small and few and not backends.BATCH_INVARIANT
 
 
 def make_plan(adapter_ids: Tensor, row_mixture: Tensor | None, rows: int) -> MixturePlan:

@@ -10,10 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def _pick(values, g):
-    # values[g], for a g known only to the program.
+    # values[g], for a g known only to the program; None where none has any.
     picked = values[0]
     for i in tl.static_range(1, len(values)):
-        picked = tl.where(g == i, values[i], picked)
+        if picked is not None:
+            picked = tl.where(g == i, values[i], picked)
     return picked
 
 
@@ -61,13 +62,14 @@ def _factor(m, j, k, known, weight_ptr, scale_ptr, J, HAS_SCALE: tl.constexpr):
 
 
 @triton.jit
-def _load_h(h_ptr, at, mine, slice_size, SLICES: tl.constexpr):
-    # The slices of h at offsets ``at`` (int64) added in order, zero outside of mine.
-    h = tl.load(h_ptr + at, mask=mine, other=0.0)
+def _load_h(h_ptr, at, readable, live, slice_size, SLICES: tl.constexpr):
+    # The slices of h at offsets ``at`` (int64) added in order, zero where not live. All of a slot
+    # is read, for a mask by a loaded rank would keep loads from being 16 bytes wide.
+    h = tl.load(h_ptr + at, mask=readable, other=0.0)
     for _ in tl.static_range(1, SLICES):
         at += slice_size
-        h += tl.load(h_ptr + at, mask=mine, other=0.0)
-    return h
+        h += tl.load(h_ptr + at, mask=readable, other=0.0)
+    return tl.where(live, h, 0.0)
 
 
 @triton.jit

@@ -73,9 +73,10 @@ def _mixture_lora_expand_kernel(
         part = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)  # [R]
+            slot = mine[:, None] & (r[None, :] < max_rank)
+            h_at = pair[:, None] * max_rank + r[None, :]
             used = mine[:, None] & (r[None, :] < rank)
-            at = pair[:, None] * max_rank + r[None, :]
-            h = _load_h(_pick(h_ptr, g), at, used, slice_size, SLICES)
+            h = _load_h(_pick(h_ptr, g), h_at, slot, used, slice_size, SLICES)
             b = tl.load(
                 side
                 + start * _pick(stride_first, g)
@@ -108,9 +109,9 @@ def _shared_h(
     )
     live = known & (r < rank)
     factor = _factor(m, j, k, live, weight_ptr, _pick(scale_ptr, g), J, HAS_SCALE)
-    used = mine[:, None] & live[None, :]
+    slot = mine[:, None] & (j < J)[None, :] & (r < max_rank)[None, :]
     at = (row[:, None] * J + j[None, :]) * max_rank + r[None, :]
-    h = _load_h(_pick(h_ptr, g), at, used, slice_size, SLICES)
+    h = _load_h(_pick(h_ptr, g), at, slot, mine[:, None] & live[None, :], slice_size, SLICES)
     b_row = start * _pick(stride_first, g) + r.to(tl.int64) * _pick(stride_row, g)
     return h * factor[None, :], b_row, live
 
@@ -142,7 +143,7 @@ def _mixture_lora_expand_shared_kernel(
         columns = _pick(O, g)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        h, b_row, live = _shared_h(
+        first_h, first_row, first_live = _shared_h(
             0, g, m, row, mine, h_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr,
             J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
             PACKED, HAS_RANKS, HAS_SCALE, SLICES, RANK, BLOCK_C,
@@ -151,8 +152,10 @@ def _mixture_lora_expand_shared_kernel(
         for o0 in range(span * SPAN, last, BLOCK_O):
             o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)  # [O]
             acc = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-            for chunk in range(CHUNKS):
-                if CHUNKS > 1:
+            for chunk in tl.range(CHUNKS, num_stages=1):  # more would hold several h at once
+                if CHUNKS == 1:
+                    h, b_row, live = first_h, first_row, first_live
+                else:
                     h, b_row, live = _shared_h(
                         chunk, g, m, row, mine, h_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr,
                         scale_ptr, J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,

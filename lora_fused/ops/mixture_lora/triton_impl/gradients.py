@@ -28,7 +28,7 @@ def _mixture_lora_outer_kernel(
             factor = tl.load(factor_ptr + pair, mask=mine, other=0.0)
             used = mine[:, None] & (r[None, :] < rank)
             h_at = pair[:, None] * max_rank + r[None, :]
-            h = _load_h(h_ptr, h_at, used, slice_size, SLICES) * factor[:, None]
+            h = _load_h(h_ptr, h_at, used, used, slice_size, SLICES) * factor[:, None]
             at = x_ptr + (pair // J)[:, None] * stride_xn + c[None, :] * stride_xc
             x = tl.load(at, mask=mine[:, None] & (c[None, :] < C), other=0.0)  # [P, C]
             acc = tl.dot(tl.trans(h), x.to(tl.float32), acc, input_precision=PRECISION)

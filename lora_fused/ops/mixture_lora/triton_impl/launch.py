@@ -95,9 +95,7 @@ class Call:
         self.shared = plans.is_shared(self.rows, mixtures)
         self.empty = 0 in (self.pairs, self.count, self.max_rank)
         self.rank_block = max(16, triton.next_power_of_2(self.max_rank))
-        side_by_side = self.rank_block * (max(self.per_row, 1) if self.shared else 1)
-        self.chunk = min(64, triton.next_power_of_2(side_by_side))
-        self.chunks = triton.cdiv(side_by_side, self.chunk)
+        self.block = plans.block_size(self.rows, mixtures)
 
     def planned(self) -> plans.MixturePlan:
         if self.plan is None:
@@ -110,8 +108,13 @@ class Call:
         units, keys = (self.rows, self.adapter_ids.shape[0]) if self.shared else (
             self.pairs, self.count
         )  # fmt: skip
-        size = plans.block_size(self.rows, self.adapter_ids.shape[0])
-        return min(units, triton.cdiv(units, size) + min(keys, units))
+        return min(units, triton.cdiv(units, self.block) + min(keys, units))
+
+    def chunks(self, side: Tensor, most: int = 128) -> tuple[int, int]:
+        """Rank columns of one product, at most so many bytes, and how many such chunks there are."""
+        columns = self.rank_block * (max(self.per_row, 1) if self.shared else 1)
+        chunk = min(most // side.itemsize, triton.next_power_of_2(columns))
+        return chunk, triton.cdiv(columns, chunk)
 
     def stack(self, sides: list[Tensor]) -> tuple:
         """row_start, ranks and slot rank of each projection, and the form they come in."""
@@ -132,14 +135,15 @@ class Call:
             return h if zero else h.zero_()
         row_start, ranks, slots, form = self.stack(sides)
         plan, pdl = self.planned(), _pdl()
-        _mixture_lora_shrink_kernel[(self.blocks, len(sides) * self.chunks, slices)](
+        chunk, chunks = self.chunks(sides[0])
+        _mixture_lora_shrink_kernel[(self.blocks, len(sides) * chunks, slices)](
             x, tuple(sides), row_start, ranks, self.adapter_ids,
             plan.order, plan.key, plan.block_start, tuple(h),
             columns, self.per_row, self.count, plan.order.shape[0], self.pairs, self.max_rank,
             width, slots, *x.stride(), *_strides(sides),
             **form, SHARED=self.shared, PDL=bool(pdl), PRECISION=precision(),
-            RANK=self.rank_block, CHUNKS=self.chunks,
-            BLOCK_U=plans.block_size(self.rows, self.adapter_ids.shape[0]), BLOCK_C=self.chunk,
+            RANK=self.rank_block, CHUNKS=chunks,
+            BLOCK_U=self.block, BLOCK_C=chunk, num_warps=8 if self.shared else 4,
             BLOCK_I=(128 if self.shared else 256) // max(x.itemsize, sides[0].itemsize),
         )  # fmt: skip
         return h
@@ -166,12 +170,15 @@ class Call:
         tile = self.tile
         spans = sum(triton.cdiv(size, tile.span) for size in sizes)
         if self.shared:
+            chunk, chunks = self.chunks(sides[0])
+            if chunks > 1:  # h is then loaded within the loop, and large ones spill
+                chunk, chunks = self.chunks(sides[0], 64)
             _mixture_lora_expand_shared_kernel[(self.blocks, spans)](
                 tuple(h), *stack, scale, plan.order, plan.key, plan.block_start, *out,
                 self.rows, sizes, self.per_row, count, self.max_rank, slice_size, *tail,
-                **form, RANK=self.rank_block, CHUNKS=self.chunks, BLOCK_N=tile.rows,
-                BLOCK_C=self.chunk, BLOCK_O=tile.columns, SPAN=tile.span,
-                num_warps=tile.warps, **pdl,
+                **form, RANK=self.rank_block, CHUNKS=chunks, BLOCK_N=tile.rows,
+                BLOCK_C=chunk, BLOCK_O=min(tile.columns, 128 // sides[0].itemsize), SPAN=tile.span,
+                num_warps=tile.warps, num_stages=1 if sides[0].itemsize == 4 else 3, **pdl,
             )  # fmt: skip
             return
         _mixture_lora_expand_kernel[(triton.cdiv(self.rows, tile.rows), spans)](
@@ -187,7 +194,7 @@ class Call:
     @property
     def tile(self) -> Tile:
         if self.shared:
-            return SHARED[plans.block_size(self.rows, self.adapter_ids.shape[0])]
+            return SHARED[self.block]
         return FEW if self.rows <= 64 and not backends.BATCH_INVARIANT else MANY
 
     def decode(self, x, lora_a: list[Tensor], lora_b: list[Tensor], outs, bases) -> None:

@@ -284,8 +284,8 @@ def test_a_call_with_a_route_of_its_own_shares_nothing(made):
     layer, x = model.layers[0], inputs()
     other = Mixture.rows(ROWS[::-1]).resolve(handle.bank)
     with handle.mix(Mixture.rows(ROWS)), torch.no_grad():
-        layer(x)
         y = layer(x, other)
+        assert torch.equal(model.layers[1](x), alone(model.layers[1], x))
     with handle.mix(Mixture.rows(ROWS[::-1])), torch.no_grad():
         assert torch.equal(layer(x), y)
 
@@ -365,7 +365,8 @@ def test_layers_on_another_device_share_a_plan_there(made):
     held, x = Plans(), inputs()
     here = held.of("first", x, route, route, stack)
     x = x.to("meta")
-    there = [held.of(name, x, route.to("meta"), route, stack) for name in ("second", "third")]
+    moved = [route.to("meta"), route.to("meta")]
+    there = [held.of(f"layer {i}", x, each, route, stack) for i, each in enumerate(moved)]
     assert there[0] is there[1] is not here
     assert {t.device.type for t in there[0]} == {"meta"} and made == [15, 15]
 

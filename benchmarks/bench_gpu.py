@@ -198,9 +198,11 @@ def _report(field, work, raced: Raced, device, timers: Mapping[str, Timer]) -> l
         print(f"\n{clock}: the copy moves {facts['traffic'] / bound / 1e9:.0f} GB/s")
         print(run.COLUMNS.format(*run.HEADER))
         run._print(case, results, bound)
-        run._print(case, below, bound)
         for result in below:
             floor = floors[result.name]
+            times = [result.quantile(q) for q in (0.5, 0.2, 0.8)]
+            shown = (*(f"{t * 1e3:.4g}" for t in times), "", f"{times[0] / bound:.1f}")
+            print(run.COLUMNS.format("", f"floor: {floor.name}", *shown), flush=True)
             own = {"flops": floor.flops, "traffic": floor.traffic, "floor": bound, "clock": clock}
             # No baseline: these do less than the case asks for, or none of it.
             (row,) = table.rows_of(case, [result], **own)

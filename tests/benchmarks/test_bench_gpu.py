@@ -96,6 +96,7 @@ def test_a_dry_run_writes_a_row_for_each_contender_and_clock(field, tmp_path, ca
     assert by_name["copy"]["baseline"] == by_name["gemms_one_adapter"]["speedup"] == ""
     printed = capsys.readouterr().out
     assert "skipped a peer: not to be had\n" in printed and "* triton_plan_inside" in printed
+    assert printed.count("floor: copy") == 2 and "do_bench: the copy moves" in printed
 
 
 def test_the_contenders_and_floors_compute_what_they_say(field):

@@ -292,6 +292,7 @@ def test_a_call_with_a_route_of_its_own_shares_nothing(made):
 
 def test_generate_makes_one_plan_a_forward(made):
     require("triton")
+    pytest.importorskip("transformers")
     model, bank = tiny_llama(), AdapterBank()
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("q", "o")]
     bank.add_many(

@@ -281,9 +281,11 @@ AXES = [("x", 0), ("x", 1), ("base", 0), ("base", 1)]
 AXES += [(side, axis) for side in ("lora_a", "lora_b") for axis in (0, 1, 2)]
 
 
+@pytest.mark.parametrize("launches_forward", [1, 2])
 @pytest.mark.parametrize("label, axis", AXES)
-def test_offsets_of_64_bits(label, axis, vast):
+def test_offsets_of_64_bits(label, axis, launches_forward, vast, monkeypatch):
     """Three rows, adapters, ranks and columns; whatever axis lies far apart."""
+    monkeypatch.setattr(plans, "is_one_launch", lambda *args: launches_forward == 1)
     options = {"x_dtype": torch.bfloat16, "dtype": torch.bfloat16, "form": "plain"}
     p = problem(3, 3, (3, 3, 3), 3, 3, **options)
     p["adapter_ids"][:] = torch.tensor([[0, 1, 2], [2, 0, -1], [1, 2, 0]])
@@ -293,6 +295,17 @@ def test_offsets_of_64_bits(label, axis, vast):
     assert torch.equal(run(far, "triton"), run(p, "triton"))
     near, away = gradients(p, "triton"), gradients(far, "triton")
     assert all(torch.equal(away[leaf], near[leaf]) for leaf in near)
+
+
+@pytest.mark.parametrize("label, axis", AXES[4:])
+def test_offsets_of_64_bits_where_rows_share_a_mixture(label, axis, vast, monkeypatch):
+    monkeypatch.setattr(plans, "is_one_launch", lambda *args: False)
+    options = {"dtype": torch.bfloat16, "form": "plain", "mixtures": 3}
+    p = problem(48, 3, (3, 3, 3), 3, 3, **options)
+    p["adapter_ids"][:] = torch.tensor([[0, 1, 2], [2, 0, -1], [1, 2, 0]])
+    far = {**p, label: vast(p[label], axis)}
+    check(far, p)
+    assert torch.equal(run(far, "triton"), run(p, "triton"))
 
 
 def test_a_packed_stack_of_more_than_2_to_the_31_numbers(vast):

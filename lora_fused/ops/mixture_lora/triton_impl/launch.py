@@ -111,7 +111,7 @@ class Call:
         return min(units, triton.cdiv(units, self.block) + min(keys, units))
 
     def chunks(self, side: Tensor, most: int = 128) -> tuple[int, int]:
-        """Rank columns of one product, at most so many bytes, and how many such chunks there are."""
+        """Rank columns of one product (at most so many bytes), and how many such chunks."""
         columns = self.rank_block * (max(self.per_row, 1) if self.shared else 1)
         chunk = min(most // side.itemsize, triton.next_power_of_2(columns))
         return chunk, triton.cdiv(columns, chunk)

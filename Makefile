@@ -1,6 +1,7 @@
 # make demo   the main job on a real model and real text tasks (under 5 minutes on 2 cores)
 # make test   lint and the whole suite
 # make bench  mixture_lora against plain torch forms, the chosen shapes, into benchmarks/results
+# make bench-gpu  the same op on a GPU against vLLM, SGLang, FlashInfer and cuBLAS; needs one
 #
 # Each sets itself up in .venv, packages from the configured registry only. Where the registry's torch
 # is a CUDA build, name an index of CPU builds: make demo PIP_TORCH="--index-url ...".
@@ -13,9 +14,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 # What a second Triton is asked: its interpreter, its compiler, and the kernels at their edges.
-NEXT := test_interpreter or test_mixture_lora_aot or (triton and (Edges or gradients))
+NEXT := test_interpreter or test_mixture_lora_aot or (triton and (Edges or gradients)) or regime_follows or a_stage
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(BIN)/lora-fused demo
@@ -29,6 +30,9 @@ test: $(VENV)/.test $(VENV)/.triton-next
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run mixture_lora --chosen --csv benchmarks/results/mixture_lora_chosen.csv
+
+bench-gpu: $(VENV)/.test
+	$(BIN)/python -m benchmarks.bench_gpu --csv benchmarks/results/mixture_lora_gpu.csv
 
 # torch comes first and by itself: the extension is built against the torch that is installed.
 $(VENV)/.torch: constraints.txt

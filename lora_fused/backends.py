@@ -36,6 +36,10 @@ def _why_no_triton() -> str | None:
 
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton: one regime for every N, so a row's result does not depend on how many rows there are.
+BATCH_INVARIANT = os.environ.get("LORA_FUSED_BATCH_INVARIANT") == "1"
+# Triton on sm_90 and later: programmatic dependent launch of expand. Not measured yet, so off.
+PDL = os.environ.get("LORA_FUSED_PDL") == "1"
 NATIVE, NATIVE_ERROR = _load_native()
 TRITON_ERROR = _why_no_triton()
 ERRORS = {"reference": None, "native": NATIVE_ERROR, "triton": TRITON_ERROR}

@@ -1,15 +1,18 @@
 """What every test gets: poisoned memory, one thread, real data, and an honest last line."""
 
 import importlib.util
+import itertools
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+# Kernels run on the CPU, or compiled under `pytest -m gpu`; read when Triton is imported.
 os.environ.setdefault(
-    "TRITON_INTERPRET", "1"
-)  # kernels run on the CPU; read when Triton is imported
+    "TRITON_INTERPRET", "0" if ("-m", "gpu") in itertools.pairwise(sys.argv) else "1"
+)
 
 import hypothesis
 import torch

@@ -93,7 +93,8 @@ def vllm(*, download: bool = True) -> dict[str, Callable[[Calls], Callable[[], T
 
     def build(calls: Calls) -> Callable[[], Tensor]:
         rows, count = calls.ids.shape[0], calls.lora_a.shape[0]
-        metas = [meta_class.make(count, rows, "cpu") for _ in calls.ids.T]
+        wide = {"dtype": torch.float32, "device": calls.x.device}
+        metas = [meta_class.make(count, rows, calls.x.device) for _ in calls.ids.T]
         for meta, ids in zip(metas, calls.ids.T, strict=True):
             meta.prepare_tensors(ids.contiguous())
         lora_a, lora_b = calls.lora_a.unsqueeze(1), calls.lora_b.unsqueeze(1)
@@ -101,7 +102,7 @@ def vllm(*, download: bool = True) -> dict[str, Callable[[Calls], Callable[[], T
         def run() -> Tensor:
             for meta in metas:
                 args = meta.meta_args(rows, True)
-                h = torch.empty(1, rows, lora_a.shape[2], dtype=torch.float32)
+                h = torch.empty(1, rows, lora_a.shape[2], **wide)
                 shrink(calls.x, [lora_a], h, *args, calls.weight)
                 expand(h, [lora_b], calls.y, *args, offset_start=0, add_inputs=True)
             return calls.y
@@ -133,7 +134,7 @@ def sglang(*, download: bool = True) -> dict[str, Callable[[Calls], Callable[[],
     def build_chunked(calls: Calls) -> Callable[[], Tensor]:
         batches = [_segments(ids, calls, CHUNK) for ids in calls.ids.T]
         width = calls.lora_b.shape[1]
-        slices = torch.tensor([0, width], dtype=torch.int32)
+        slices = torch.tensor([0, width], dtype=torch.int32, device=calls.x.device)
 
         def run() -> Tensor:
             for batch in batches:
@@ -173,15 +174,15 @@ def _segments(ids: Tensor, calls: Calls, chunk: int | None) -> _BatchInfo:
             adapters.append(adapter)
             lengths.append(min(step, left))
             left -= lengths[-1]
-    int32 = {"dtype": torch.int32}
+    int32 = {"dtype": torch.int32, "device": ids.device}
     return _BatchInfo(
         use_cuda_graph=False,
         bs=len(adapters),
         num_segments=len(adapters),
-        seg_indptr=torch.tensor([0, *lengths], **int32).cumsum(0, **int32),
+        seg_indptr=torch.tensor([0, *lengths], **int32).cumsum(0, dtype=torch.int32),
         weight_indices=torch.tensor(adapters, **int32),
         lora_ranks=torch.full((count,), rank, **int32),
-        scalings=torch.full((count,), calls.weight),
+        scalings=torch.full((count,), calls.weight, device=ids.device),
         max_len=chunk or max(lengths),
         seg_lens=torch.tensor(lengths, **int32),
         permutation=torch.argsort(ids, stable=True).int(),
@@ -243,6 +244,13 @@ class _Anything:
         return False
 
 
+class _Platform(_Anything):
+    """Without PDL, as vLLM's defaults have it; a launch on a device asks for a real bool."""
+
+    def is_cuda(self) -> bool:
+        return False
+
+
 def _vllm_stand_ins() -> dict[str, dict]:
     def no_operator(**options):
         raise AttributeError("the plain functions are called")  # which vLLM then defines itself
@@ -253,7 +261,7 @@ def _vllm_stand_ins() -> dict[str, dict]:
     return {
         "vllm": {"envs": _Options("vllm.envs")},
         "vllm.logger": {"init_logger": lambda name: _Anything()},
-        "vllm.platforms": {"current_platform": _Anything()},
+        "vllm.platforms": {"current_platform": _Platform()},
         "vllm.triton_utils": {"tl": tl, "triton": triton},
         "vllm.utils": {"__path__": []},
         "vllm.utils.math_utils": {"next_power_of_2": triton.next_power_of_2},

@@ -150,6 +150,9 @@ class Handle:
 
         Gradient checkpointing: call backward() inside the with block; anything else raises, but for
         a compiled layer inside an uncompiled checkpoint, which cannot tell.
+
+        CUDA graphs: capture whole forwards inside the with block. A replay reads float32 weights
+        and row_mixture on the device as they are by then, but the ids of entering.
         """
         self._routing.check_bank("mix")
         self._check_saved("mix")

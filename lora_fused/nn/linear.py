@@ -30,9 +30,10 @@ class MixtureLayer:
         """The frozen layer and the update; ``route`` is for layers that stand alone."""
         site = self.lora_site
         name = type(self).__name__ if site is None else site.name
+        shared = site is not None and route is None
         if route is not None:
             self._check_alone(name, route)
-        if site is not None and route is None:
+        if shared:
             # Compiled code cannot ask which backward pass it runs in, nor branch on "no adapter".
             if not torch.compiler.is_compiling():
                 site.routing.watch(name)
@@ -43,13 +44,12 @@ class MixtureLayer:
         if route is None:
             return base
         check_rows(name, route, base.shape[:-1])
-        weights = route.weights
-        if weights.dim() == 3:
+        if route.weights.dim() == 3:
             index = None if site is None else site.routing.position.get(name)
             if index is None:  # compact() took the module out: no adapter has it any more
                 return base
-            weights = weights[index]
-        return self._add_update(x, base, route, weights)
+            route = route._replace(weights=route.weights[index])
+        return self._add_update(x, base, route, shared)
 
     def _check_alone(self, name: str, route: object) -> None:
         if not isinstance(route, Route):
@@ -58,17 +58,19 @@ class MixtureLayer:
         if not hasattr(self, "lora_stack"):
             raise invalid(name, "layer", "have adapters (see from_linear and attach)", "none")
 
-    def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
+    def _add_update(self, x: Tensor, base: Tensor, route: Route, shared: bool) -> Tensor:
+        """base plus the update; ``shared``: by the route that all layers share."""
         stack, site = self.lora_stack, self.lora_site
         return mixture_lora(
             x,
             *stack.factors(),
             stack.row_start,
             route.adapter_ids,
-            weights,
+            route.weights,
             scale=stack.scale,
             ranks=stack.slot_ranks,
             row_mixture=route.row_mixture,
+            plan=site.routing.plan(site.name, x, route, stack) if shared else None,
             max_rank=stack.max_rank,
             base=base,
             impl="auto" if site is None else site.routing.options.impl,
@@ -97,9 +99,9 @@ class MixtureLinear(MixtureLayer, nn.Linear):
 class MixtureEmbedding(MixtureLayer, nn.Embedding):
     """nn.Embedding with a stack of adapters: gathers columns of lora_a."""
 
-    def _add_update(self, x: Tensor, base: Tensor, route: Route, weights: Tensor) -> Tensor:
+    def _add_update(self, x: Tensor, base: Tensor, route: Route, shared: bool) -> Tensor:
         stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
-        ids, row_mixture = route.adapter_ids, route.row_mixture
+        ids, weights, row_mixture = route[:3]
         contract.check_route(rows, ids, weights, row_mixture, len(stack))
         args = (stack.row_start, None, ids, weights, stack.scale, row_mixture, rows)
         _, a, b, row_start, _, *rest = contract.flatten(rows, *stack.factors(), *args)

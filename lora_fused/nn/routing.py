@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid, shape
 from lora_fused.mixture import Route
+from lora_fused.nn.plans import Plans, takes_plan
+from lora_fused.ops.mixture_lora.plan import MixturePlan
 
 # Modules with a fast path that reads their children's weights past the children's forward.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -89,7 +91,7 @@ class Routing:
         ids = torch.full((1, 1), -1, dtype=torch.int32, device=bank.device)
         weights = torch.zeros(1, 1, device=bank.device)
         self._none = Route(ids, weights, None, "sample", bank.version)
-        self.active = self._idle()
+        self.active, self._plans = self._idle(), Plans()
         self._open: list[Active] = []
         self._seen: list = []  # sources of forwards that a backward pass may yet recompute
         self._recomputed = False
@@ -112,6 +114,17 @@ class Routing:
             )
         return route if route.adapter_ids.device == x.device else route.to(x.device)
 
+    def plan(self, name: str, x: Tensor, route: Route, stack: AdapterStack) -> MixturePlan | None:
+        """The plan of one module's call under ``current``'s route; None: the op wants none."""
+        if not takes_plan(x, self.options.impl):
+            return None
+        active = self.active
+        if active.router is None:
+            return self._plans.of(name, x, route, active.route, stack)
+        if route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
+            return None
+        return self._plans.of(name, x, route, route, stack)
+
     def enter(self, active: Active) -> None:
         """Put a mixture in force; a nested one overrides it until it is left."""
         self.check_attached("mix")
@@ -124,12 +137,14 @@ class Routing:
                 )
             self._open.append(active)
             self.active, self._owner = active, me
+            self._plans = Plans()
 
     def leave(self, active: Active) -> None:
         with self._lock:
             in_order = self._open[-1] is active
             self._open.remove(active)
             self.active = self._open[-1] if self._open else self._idle()
+            self._plans = Plans()
         if not in_order:
             raise RuntimeError(
                 "mix: mixtures must be left in reverse order of entering, got another order "

@@ -1,13 +1,11 @@
-"""The public mixture_lora: contract, checks, choice of implementation."""
+"""The public mixture_lora, for one projection of x and for several."""
 
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lora_fused.backends import ERRORS, choose
-from lora_fused.ops.mixture_lora import contract, reference, registration
-from lora_fused.ops.mixture_lora import plan as plans
+from lora_fused.ops.mixture_lora import dispatch
+from lora_fused.ops.mixture_lora.plan import MixturePlan
 
 
 def mixture_lora(
@@ -21,9 +19,10 @@ def mixture_lora(
     scale: Tensor | None = None,
     ranks: Tensor | None = None,
     row_mixture: Tensor | None = None,
-    plan: plans.MixturePlan | None = None,
+    plan: MixturePlan | None = None,
     max_rank: int | None = None,
     base: Tensor | None = None,
+    out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Add to each row the updates of that row's own weighted set of adapters.
@@ -45,10 +44,12 @@ def mixture_lora(
         row_mixture: ``[S]`` int32, S divides N: consecutive N // S rows use mixture
             ``row_mixture[s]``. Default: arange(M), so M divides N.
         plan: ``make_plan(adapter_ids, row_mixture, N)``, where several layers share one. Triton
-            alone uses it; default: made inside.
+            alone uses it; default: made inside. A plan holds for the values it was made from.
         max_rank: Largest rank of a packed stack, where the caller knows it on the host; spares
             Triton and the reference a read of ``row_start``. Native ignores it.
         base: The frozen layer's output, ``[..., O]``; never written. Default: the update alone.
+        out: Where to write the result, without gradients; may be ``base``, must not overlap x.
+            Triton writes it in place, the others copy. Default: a new tensor.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``: native for CPU tensors if
             built, Triton for CUDA, else reference. A named implementation never falls back.
 
@@ -79,43 +80,52 @@ def mixture_lora(
         >>> y = mixture_lora(x, a, b, stack.row_start, ids, weights, scale=stack.scale)
     """
     args = (lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base)
-    if impl in ("auto", "native") and _is_eager_cpu(x, base):
-        # The kernel refuses what does not fit, and what it refuses is explained or sent to the
-        # reference below. Checking first would double the time of a decode step's call.
-        with suppress(RuntimeError, IndexError):
-            y = registration.forward(*contract.flatten(x, *args))
-            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-    device = x.device
-    autocast = torch.amp.is_autocast_available(device.type)
-    if autocast and torch.is_autocast_enabled(device.type) and x.dtype in contract.STORAGE:
-        x = x.to(torch.get_autocast_dtype(device.type))
-    # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
-    widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
-    widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
-    name = choose(contract.OP, impl, device, widest)
-    contract.check(x, *args, name)
-    flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], lora_b.shape[-1])
-    if name == "native":
-        return registration.forward(*flat).reshape(out_shape)
-    bound = plans.rank_bound(row_start, max_rank)
-    if name == "triton":
-        bound = plans.scratch_rank(lora_a, row_start, bound)
-        plan = plans.check_plan(plan, flat[0], adapter_ids) or plans.make_plan(
-            flat[5], row_mixture, flat[0].shape[0]
-        )
-        return registration.forward(*flat, name, bound, tuple(plan)).reshape(out_shape)
-    # Autocast would round the intermediates.
-    with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-        y = reference.forward(*flat, max_rank=bound)
-    return y.reshape(out_shape)
+    if out is not None:
+        return dispatch.run_into(out, x, args, plan, max_rank, impl)
+    return dispatch.run(x, args, plan, max_rank, impl)
 
 
-def _is_eager_cpu(x: Tensor, base: Tensor | None) -> bool:
-    """Whether the native kernel may be asked at once; it sees rows only, so base must line up."""
-    return (
-        ERRORS["native"] is None
-        and x.is_cpu
-        and (base is None or base.shape[:-1] == x.shape[:-1])
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+def mixture_lora_group(
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    row_start: Sequence[Tensor] | None,
+    adapter_ids: Tensor,
+    weights: Tensor,
+    *,
+    scale: Sequence[Tensor | None] | None = None,
+    ranks: Sequence[Tensor] | None = None,
+    row_mixture: Tensor | None = None,
+    plan: MixturePlan | None = None,
+    max_rank: int | None = None,
+    base: Sequence[Tensor] | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """mixture_lora for several projections of one input: q, k and v; gate and up.
+
+    Args:
+        x, adapter_ids, weights, row_mixture, plan, impl: As in mixture_lora, shared by all.
+        lora_a, lora_b, row_start, scale, ranks, base: As there, one entry for each projection.
+            Their O and ranks may differ; dtype, storage form and K may not.
+        max_rank: Largest rank of all.
+
+    Returns:
+        One ``[..., O]`` for each projection; each as mixture_lora gives it.
+
+    Raises:
+        ValueError: as mixture_lora; or the sequences differ in length, or the stacks in kind.
+
+    Cost:
+        Triton without gradients: the launches of one call, whatever the number of projections. Else
+        one call for each.
+    """
+    columns = {
+        "lora_a": lora_a,
+        "lora_b": lora_b,
+        "row_start": row_start,
+        "ranks": ranks,
+        "scale": scale,
+        "base": base,
+    }
+    route = (adapter_ids, weights, row_mixture)
+    return dispatch.run_group(x, columns, route, plan, max_rank, impl)

@@ -1,0 +1,85 @@
+"""What mixture_lora's Triton kernels share: where an adapter lies, and an exact enough product.
+
+A call may serve several projections of one input. What differs between them comes as a tuple with
+one entry each, and ``_pick`` selects by program; with one projection it costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pick(values, g):
+    # values[g], for a g known only to the program; None where none has any.
+    picked = values[0]
+    for i in tl.static_range(1, len(values)):
+        if picked is not None:
+            picked = tl.where(g == i, values[i], picked)
+    return picked
+
+
+@triton.jit
+def _column_tile(tile, sizes, BLOCK_O: tl.constexpr):
+    # The projection of a column tile, and its number there; projections lie one after another.
+    g = 0
+    first = 0
+    total = 0
+    for i in tl.static_range(1, len(sizes)):
+        total += tl.cdiv(sizes[i - 1], BLOCK_O)
+        g = tl.where(tile >= total, i, g)
+        first = tl.where(tile >= total, total, first)
+    return g, tile - first
+
+
+@triton.jit
+def _segment(
+    k, known, start_ptr, rank_ptr, slot_rank, PACKED: tl.constexpr, HAS_RANKS: tl.constexpr
+):
+    # Where adapter k begins, in units of the stack's first stride, and its rank; known masks k.
+    if PACKED:
+        first = tl.load(start_ptr + k, mask=known, other=0)
+        return first.to(tl.int64), tl.load(start_ptr + k + 1, mask=known, other=0) - first
+    if HAS_RANKS:
+        return k.to(tl.int64), tl.load(rank_ptr + k, mask=known, other=0)
+    return k.to(tl.int64), tl.where(known, slot_rank, 0)
+
+
+@triton.jit
+def _rank_columns(c, m, ids_ptr, J, K, RANK: tl.constexpr):
+    # Column c of a mixture's adapters side by side, RANK columns each: (j, adapter, r, known).
+    j = c // RANK
+    k = tl.load(ids_ptr + m * J + j, mask=j < J, other=-1)
+    return j, k, c % RANK, (k >= 0) & (k < K)
+
+
+@triton.jit
+def _factor(m, j, k, known, weight_ptr, scale_ptr, J, HAS_SCALE: tl.constexpr):
+    # weights[m, j] * scale[k]; zero where there is no adapter.
+    factor = tl.load(weight_ptr + m * J + j, mask=known, other=0.0)
+    if HAS_SCALE:
+        factor *= tl.load(scale_ptr + k, mask=known, other=0.0)
+    return factor
+
+
+@triton.jit
+def _load_h(h_ptr, at, readable, live, slice_size, SLICES: tl.constexpr):
+    # The slices of h at offsets ``at`` (int64) added in order, zero where not live. All of a slot
+    # is read, for a mask by a loaded rank would keep loads from being 16 bytes wide.
+    h = tl.load(h_ptr + at, mask=readable, other=0.0)
+    for _ in tl.static_range(1, SLICES):
+        at += slice_size
+        h += tl.load(h_ptr + at, mask=readable, other=0.0)
+    return tl.where(live, h, 0.0)
+
+
+@triton.jit
+def _dot(h, b, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    # h [M, R] float32 times b [R, C] as stored. A bfloat16 b is exact in tensor cores, so h is
+    # cut into TERMS bfloat16 numbers of 8 bits each: 2 passes at twice the rate of 3 in TF32.
+    if TERMS == 0:
+        return tl.dot(h, b.to(tl.float32), acc, input_precision=PRECISION)
+    for _ in tl.static_range(TERMS):
+        part = h.to(tl.bfloat16)
+        acc = tl.dot(part, b, acc)
+        h -= part.to(tl.float32)
+    return acc

@@ -17,13 +17,13 @@ _ = registration  # defines the operators
 def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor:
     """The result for x and (lora_a, ..., base), as api.mixture_lora takes them."""
     base = args[-1]
-    if impl in ("auto", "native") and _is_eager_cpu(x, base):
+    if impl in ("auto", "native") and is_eager_cpu(x, base):
         # The kernel refuses what does not fit, and what it refuses is explained or sent to the
         # reference below. Checking first would double the time of a decode step's call.
         with suppress(RuntimeError, IndexError):
             y = autograd.forward(*contract.flatten(x, *args))
             return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-    x, name = _resolve(x, args, impl)
+    x, name = resolve(x, (args[0], args[-1]), impl)
     contract.check(x, *args, name)
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], args[1].shape[-1])
     if name == "native":
@@ -46,7 +46,7 @@ def run_into(out: Tensor, x: Tensor, args: tuple, plan, max_rank: int | None, im
     if autograd.wants_grad(x, *args, out):
         raise invalid(OP, "out", "be used without gradients (torch.no_grad)", "one wanted")
     base, shape = args[-1], (*x.shape[:-1], args[1].shape[-1])
-    cast, name = _resolve(x, args, impl)
+    cast, name = resolve(x, (args[0], args[-1]), impl)
     contract.check(cast, *args, name)
     dtype = cast.dtype if base is None else base.dtype
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
@@ -81,7 +81,7 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     ]
     if not calls:
         return ()
-    cast, name = _resolve(x, calls[0], impl)
+    cast, name = resolve(x, (calls[0][0], calls[0][-1]), impl)
     if name != "triton" or any(autograd.wants_grad(x, *call) for call in calls):
         return tuple(run(x, call, plan, max_rank, impl) for call in calls)
     for call in calls:
@@ -108,9 +108,9 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     return tuple(y.reshape(*cast.shape[:-1], y.shape[-1]) for y in outs)
 
 
-def _resolve(x: Tensor, args: tuple, impl: str) -> tuple[Tensor, str]:
-    """x as autocast wants it, and the implementation that will run."""
-    lora_a, base, device = args[0], args[-1], x.device
+def resolve(x: Tensor, args: tuple, impl: str, op: str = OP) -> tuple[Tensor, str]:
+    """x as autocast wants it, and the implementation that will run on x and args."""
+    device = x.device
     if (
         x.dtype in contract.STORAGE
         and torch.amp.is_autocast_available(device.type)
@@ -118,9 +118,8 @@ def _resolve(x: Tensor, args: tuple, impl: str) -> tuple[Tensor, str]:
     ):
         x = x.to(torch.get_autocast_dtype(device.type))
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
-    widest = x.dtype if base is None or base.dtype != torch.float64 else base.dtype
-    widest = lora_a.dtype if lora_a.dtype == torch.float64 else widest
-    return x, choose(OP, impl, device, widest)
+    wide = any(t is not None and t.dtype == torch.float64 for t in args)
+    return x, choose(op, impl, device, torch.float64 if wide else x.dtype)
 
 
 def _plan(plan, flat: tuple, lora_b: list, bound: int, for_backward: bool) -> tuple:
@@ -134,7 +133,7 @@ def _plan(plan, flat: tuple, lora_b: list, bound: int, for_backward: bool) -> tu
     return tuple(plans.make_plan(adapter_ids, row_mixture, x_ni.shape[0]))
 
 
-def _is_eager_cpu(x: Tensor, base: Tensor | None) -> bool:
+def is_eager_cpu(x: Tensor, base: Tensor | None) -> bool:
     """Whether the native kernel may be asked at once; it sees rows only, so base must line up."""
     return (
         ERRORS["native"] is None

@@ -99,14 +99,14 @@ def _rows_by_first(ids_nj: Tensor) -> Tensor:
     return first.argsort(stable=True).int()
 
 
-def rank_bound(row_start: Tensor | None, max_rank: int | None) -> int | None:
+def rank_bound(row_start: Tensor | None, max_rank: int | None, op: str = _OP) -> int | None:
     """The largest rank of a packed stack; None where it cannot be read (T bounds it then)."""
     if row_start is None or torch.compiler.is_compiling() or row_start.numel() < 2:
         return max_rank
     if max_rank is None or row_start.device.type == "cpu":
         largest = int(row_start.diff().max())
         if max_rank is not None and max_rank < largest:
-            raise invalid(_OP, "max_rank", f"be at least the largest rank, {largest}", max_rank)
+            raise invalid(op, "max_rank", f"be at least the largest rank, {largest}", max_rank)
         return largest
     return max_rank
 

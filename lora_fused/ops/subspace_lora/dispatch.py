@@ -1,0 +1,64 @@
+"""From subspace_lora's arguments to the implementation that runs."""
+
+from contextlib import nullcontext, suppress
+
+import torch
+from torch import Tensor
+
+from lora_fused.ops.mixture_lora import plan as plans
+from lora_fused.ops.mixture_lora.dispatch import is_eager_cpu, resolve
+from lora_fused.ops.subspace_lora import autograd, contract, reference, registration
+from lora_fused.ops.subspace_lora.cores import OP
+
+_ = registration  # defines the operators
+
+
+def _has_kernel(impl: str, key: str) -> bool:
+    name = f"lora_fused::{OP}_fwd_{impl}"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+# What this build has: constants, decided at import like those of backends.
+HAS_KERNEL = {
+    "reference": True,
+    "native": _has_kernel("native", "CPU"),
+    "triton": _has_kernel("triton", "CUDA"),
+}
+
+
+def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor:
+    """The result for x and (basis_a, ..., base), as reference.forward takes them."""
+    basis_a, basis_b, core_a, *_, base = args
+    if impl in ("auto", "native") and HAS_KERNEL["native"] and is_eager_cpu(x, base):
+        contract.check_frozen(basis_a, basis_b)
+        # The kernel refuses what does not fit, and what it refuses is explained or sent to the
+        # reference below. Checking first would double the time of a decode step's call.
+        with suppress(RuntimeError, IndexError):
+            y = autograd.forward(*contract.flatten(x, *args))
+            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+    x, name = resolve(x, (basis_a, core_a, base), impl, OP)
+    name = _usable(name, impl)
+    contract.check(x, *args, name)
+    flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], basis_b.shape[1])
+    if name == "native":
+        return autograd.forward(*flat).reshape(out_shape)
+    bound = plans.rank_bound(args[4], max_rank, OP)
+    if name == "triton":
+        plan = tuple(plan or plans.make_plan(flat[6], flat[9], flat[0].shape[0]))
+        return autograd.forward(*flat, impl=name, max_rank=bound or 0, plan=plan).reshape(out_shape)
+    device = x.device.type
+    # Autocast would round the intermediates.
+    autocast = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        y = reference.forward(*flat, max_rank=bound)
+    return y.reshape(out_shape)
+
+
+def _usable(name: str, impl: str) -> str:
+    """The implementation, where this build has its kernel; a named one never falls back."""
+    if HAS_KERNEL[name]:
+        return name
+    if impl != "auto":
+        reason = "this build has no such kernel of this op"
+        raise RuntimeError(f"{OP}: impl must be usable here, got {impl!r}: {reason}")
+    return "reference"

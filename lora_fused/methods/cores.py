@@ -1,0 +1,61 @@
+"""One adapter's core: from its factors by projection, and back to a pair of any rank.
+
+A diagonal core diag(d) is kept as the pair (d, 1): the diagonal of core_b^T core_a is meant.
+"""
+
+import torch
+from torch import Tensor
+
+from lora_fused.adapters import LoraFactors
+from lora_fused.checks import invalid
+from lora_fused.methods.basis import SharedBasis
+from lora_fused.methods.products import Block, gram
+
+
+def core_of(part: LoraFactors, basis: SharedBasis, diagonal: bool) -> LoraFactors:
+    """The core that is nearest to an adapter's part, scale kept."""
+    rows = basis.a.coordinates(part.lora_a), basis.b.coordinates(part.lora_b)
+    if not diagonal:
+        return LoraFactors(*rows, part.scale)
+    values = solve_diagonal((rows[0] * rows[1]).sum(0, dtype=torch.float64)[None], basis)
+    values = values.to(basis.basis_a)
+    return LoraFactors(values, torch.ones_like(values), part.scale)
+
+
+def solve_diagonal(moments: Tensor, basis: SharedBasis) -> Tensor:
+    """The d ``[K, P]`` of least squares, from diag(basis_b D_k basis_a^T) ``[K, P]``."""
+    both = gram(basis.basis_a.double()) * gram(basis.basis_b.double())
+    return moments.double() @ torch.linalg.pinv(both, hermitian=True)
+
+
+def pair_of(part: LoraFactors) -> LoraFactors:
+    """A diagonal core as an ordinary pair of rank P."""
+    values = (part.lora_a * part.lora_b).sum(0)
+    unit = torch.eye(len(values), dtype=values.dtype, device=values.device)
+    return LoraFactors(values.diag(), unit, part.scale)
+
+
+def pairs_of(core: Block) -> Block:
+    """Diagonal cores as ordinary pairs of rank P."""
+    values = (core.lora_a * core.lora_b).sum(1)
+    unit = torch.eye(values.shape[1], dtype=values.dtype, device=values.device)
+    return Block(core.ids, values.diag_embed(), unit.expand(len(values), -1, -1), core.scale)
+
+
+def resized(core: LoraFactors, rank: int, *, rslora: bool) -> LoraFactors:
+    """A core of another rank and the same alpha: the best approximation, or with room to spare."""
+    old, most = core.lora_a.shape[0], min(core.lora_a.shape[1], core.lora_b.shape[1])
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+        rule = f"be an integer from 1 to {most}, the directions of the basis"
+        raise invalid("Subspace.reconstruct", "rank", rule, repr(rank))
+    scale = core.scale * ((old / rank) ** 0.5 if rslora else old / rank)
+    matrix = core.scale * (core.lora_b.double().mT @ core.lora_a.double())
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # Rounding alone beyond the core's own rank: B is zero there, A a direction to train in.
+    s, held = s[:rank].clone(), min(old, rank)
+    s[held:] = 0
+    size = (s / abs(scale)).sqrt()
+    lora_b = (u[:, :rank] * size).mT * (1 if scale > 0 else -1)
+    size[held:] = size[:held].mean()
+    lora_a = size[:, None] * vh[:rank]
+    return LoraFactors(lora_a.to(core.lora_a), lora_b.to(core.lora_b), scale)

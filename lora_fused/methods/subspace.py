@@ -1,0 +1,248 @@
+"""A subspace: one basis per layer that many adapters share, and each adapter's core in it.
+
+D_k is about basis_b^T M_k basis_a with M_k = s_k core_b^T core_a: an adapter of the coordinates.
+So the cores are an AdapterBank as any other, with names, ids, mixtures, addition, removal and
+training; only its stacks are P wide. ``fit_subspace`` makes subspaces.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.checks import invalid, shape
+from lora_fused.methods.basis import SharedBasis
+from lora_fused.methods.cores import core_of, pair_of, resized
+from lora_fused.methods.subspace_errors import SubspaceErrors, reconstruction_errors
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """How a subspace was fitted; what ``add`` goes on with. See ``fit_subspace``."""
+
+    method: str = "eigenlorax"
+    rank: int | None = None
+    energy: float | None = None
+    keep_mean: bool = True
+    center: bool = True
+    weighting: str = "updates"
+    augment: int = 0
+    seed: int = 0
+
+
+class Subspace:
+    """The shared bases of a model's layers and the cores of all adapters in them.
+
+    Attributes:
+        bases: module name -> SharedBasis (basis_a ``[P, I]``, basis_b ``[P, O]``, frozen).
+        cores: the AdapterBank of the cores: per module lora_a ``[T, P]``, lora_b ``[T, P]``.
+            Mixtures resolve against it; ``cores.trainable(names)`` trains coefficients.
+        options: how it was fitted.
+
+    With ``options.method == "jd_diag"`` a core is the diagonal of its pair, see ``diagonals``.
+    """
+
+    def __init__(self, bases: dict[str, SharedBasis], cores: AdapterBank, options: FitOptions):
+        self.bases, self.cores, self.options = bases, cores, options
+
+    @property
+    def names(self) -> list[str]:
+        return self.cores.names
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self.bases)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.options.method == "jd_diag"
+
+    def __len__(self) -> int:
+        return len(self.cores)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.cores
+
+    def __repr__(self) -> str:
+        ranks = sorted({len(side) for basis in self.bases.values() for side in (basis.a, basis.b)})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        size = f"{len(self)} adapters, {len(self.bases)} modules, {span} directions"
+        return f"Subspace({size}, {self.options.method})"
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "Subspace":
+        """Move or convert bases and cores in place."""
+        self.cores.to(device, dtype)
+        for basis in self.bases.values():
+            basis.to(device=device, dtype=dtype)
+        return self
+
+    def diagonals(self, module: str) -> Tensor:
+        """Diagonal cores of a module ``[K, P]``, scale folded in: s_k sum_r core_a * core_b."""
+        if not self.diagonal:
+            rule = "be 'jd_diag' for diagonal cores"
+            raise invalid("Subspace.diagonals", "method", rule, repr(self.options.method))
+        stack = self.cores.stacks[module]
+        lora_a, lora_b = stack.factors()
+        ranks = torch.tensor(stack.ranks, device=lora_a.device)
+        owner = torch.arange(len(stack), device=lora_a.device).repeat_interleave(ranks)
+        rows = lora_a.float() * lora_b.float() * stack.scale[owner, None]
+        return rows.new_zeros(len(stack), rows.shape[1]).index_add(0, owner, rows)
+
+    @torch.no_grad()
+    def project(self, adapter: Adapter) -> Adapter:
+        """The core of an adapter: the nearest that the bases allow; scale and the rest are kept.
+
+        Nothing is stored: ``subspace.cores.add(subspace.project(adapter))`` does, and leaves the
+        bases as they are (``add`` adapts them).
+
+        Raises:
+            ValueError: the adapter adapts a module that the subspace lacks, or of other sizes.
+        """
+        self._check_fits("Subspace.project", [adapter])
+        parts = {}
+        for module, part in adapter.modules.items():
+            parts[module] = core_of(part, self.bases[module], self.diagonal)
+        return Adapter(adapter.name, parts, adapter.saved, adapter.metadata)
+
+    @torch.no_grad()
+    def reconstruct(self, name: str, *, rank: int | None = None) -> Adapter:
+        """An adapter of the model's own layers again, for ``bank.add`` and ``write_adapter``.
+
+        Args:
+            name: Of an adapter of the subspace.
+            rank: Of the result. Less than a core's: its best approximation; more: the same update
+                with directions to spare, whose B is zero. Default: the cores' own. alpha is kept:
+                the scale follows the rank.
+        """
+        core = self.cores.adapter(name)
+        config = core.metadata.get("config") or {}
+        parts = {}
+        for module, part in core.modules.items():
+            basis = self.bases[module]
+            if self.diagonal:
+                part = pair_of(part)
+            if rank is not None and rank != part.lora_a.shape[0]:
+                part = resized(part, rank, rslora=bool(config.get("use_rslora")))
+            lora_a = part.lora_a.to(basis.basis_a) @ basis.basis_a
+            lora_b = part.lora_b.to(basis.basis_b) @ basis.basis_b
+            parts[module] = LoraFactors(lora_a, lora_b, part.scale, basis.embedding)
+        metadata = core.metadata
+        if config and rank is not None:
+            metadata = {**metadata, "config": {**config, "r": rank, "rank_pattern": {}}}
+        return Adapter(name, parts, core.saved, metadata)
+
+    @torch.no_grad()
+    def errors(self, bank: AdapterBank, names: Sequence[str] | None = None) -> SubspaceErrors:
+        """How far the reconstructions are from a bank's adapters (default: all in both).
+
+        From the factors and the cores as they are stored, in float64; nothing dense is formed.
+        """
+        return reconstruction_errors(self.bases, self.cores, bank, names, self.diagonal)
+
+    def new_task(
+        self,
+        name: str,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        modules: Iterable[str] | None = None,
+        start: str | Adapter = "zero",
+        std: float = 0.02,
+        seed: int = 0,
+    ) -> list[torch.nn.Parameter]:
+        """Add a task of coefficients alone, 2 P rank per module, and return them to train.
+
+        Args:
+            name: What mixtures call it.
+            rank: Of its core; with diagonal cores it is 1.
+            alpha: The scale is alpha / rank. Default: rank.
+            modules: Which layers it adapts. Default: all of the subspace.
+            start: ``"zero"``: A's coefficients normal, 1 / sqrt(P), and B's zero: nothing changes
+                yet. ``"random"``: both normal with ``std``, the paper's. An Adapter: its
+                projection, whose ranks, scales and modules it keeps.
+            std: See start.
+            seed: Of the coefficients.
+
+        Returns:
+            The Parameters, of exactly this task (others are frozen): for the optimiser. They live
+            in ``cores``; ``cores.freeze()`` ends training.
+        """
+        if isinstance(start, Adapter):
+            core = dataclasses.replace(self.project(start), name=name)
+        else:
+            core = self._fresh(name, rank, alpha, modules, start, std, seed)
+        self.cores.freeze()
+        self.cores.add(core)
+        return self.cores.trainable([name])
+
+    @torch.no_grad()
+    def initial_adapter(
+        self, name: str, *, rank: int = 8, alpha: float | None = None, strength: float = 0.0
+    ) -> Adapter:
+        """An ordinary adapter that begins in the principal directions: EigenLoRAx^INIT.
+
+        A is the first ``rank`` rows of basis_a (the mean's direction, where kept, among them) and
+        B ``strength`` times those of basis_b; 0: the update begins at zero, as LoRA's. All of A and
+        B train. A layer whose basis is smaller has the rank that it gives.
+        """
+        alpha = rank if alpha is None else alpha
+        parts = {}
+        for module, basis in self.bases.items():
+            found = min(rank, len(basis.a), len(basis.b))
+            factors = basis.basis_a[:found].clone(), basis.basis_b[:found] * strength
+            parts[module] = LoraFactors(*factors, alpha / found, basis.embedding)
+        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+
+    def _fresh(self, name, rank, alpha, modules, start, std, seed) -> Adapter:
+        if start not in ("zero", "random"):
+            rule = "be 'zero', 'random' or an Adapter"
+            raise invalid("Subspace.new_task", "start", rule, repr(start))
+        if not isinstance(rank, int) or rank < 1:
+            raise invalid("Subspace.new_task", "rank", "be an integer of at least 1", repr(rank))
+        rank = 1 if self.diagonal else rank
+        alpha = rank if alpha is None else alpha
+        modules = list(self.bases if modules is None else modules)
+        unknown = [module for module in modules if module not in self.bases]
+        if unknown:
+            raise invalid("Subspace.new_task", "modules", "be of the subspace", unknown)
+        generator = torch.Generator().manual_seed(seed)
+        parts = {}
+        for module in modules:
+            basis = self.bases[module]
+            lora_a = torch.randn(rank, len(basis.a), generator=generator)
+            lora_b = torch.randn(rank, len(basis.b), generator=generator) * std
+            lora_a *= len(basis.a) ** -0.5 if start == "zero" else std
+            lora_b = torch.zeros_like(lora_b) if start == "zero" else lora_b
+            parts[module] = LoraFactors(lora_a, lora_b, alpha / rank)
+        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+
+    def _check_fits(self, op: str, adapters: Sequence[Adapter]) -> None:
+        for adapter in adapters:
+            for module, part in adapter.modules.items():
+                where = f"adapter {adapter.name!r} at {module!r}"
+                if module not in self.bases:
+                    raise invalid(op, where, "adapt modules of the subspace", "a module it lacks")
+                basis = self.bases[module]
+                sizes = [basis.basis_a.shape[1], basis.basis_b.shape[1]]
+                if [part.lora_a.shape[1], part.lora_b.shape[1]] != sizes:
+                    got = f"{shape(part.lora_a)} and {shape(part.lora_b)}"
+                    raise invalid(op, where, f"have sizes (I, O) = {tuple(sizes)}", got)
+
+
+def _config(parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
+    """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ from it."""
+    return {
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(parts),
+        "task_type": None,
+        "use_rslora": False,
+    }

@@ -1,24 +1,12 @@
 // mixture_lora on CPU tensors: lora_fused::mixture_lora_{fwd,bwd}_native on torch's stable ABI.
 // Schemas are defined in lora_fused/ops/mixture_lora/registration.py, which also checks arguments.
+#include "mixture_lora_cpu.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "mixture_lora_engine.h"
 
 namespace lora_fused {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kPlanRows = 1024;  // rows handled at a time: bounds scratch in long prefills
 
 const MixtureKernels& kernels_in_use() {
 #if defined(__x86_64__)
@@ -48,6 +36,8 @@ Dtype dtype_of(const Tensor& t, const char* name) {
       STD_TORCH_CHECK(false, "mixture_lora: ", name, " must be float32, float16 or bfloat16");
   }
 }
+
+namespace {
 
 template <class T>
 const T* pointer(const OptionalTensor& t) {
@@ -116,7 +106,8 @@ struct Call {
   }
 };
 
-// Rows [first, last) as float32: in place where they are, else widened into `copy`.
+}  // namespace
+
 Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name, int64_t first,
               int64_t last, std::vector<float>& copy) {
   const Dtype dtype = dtype_of(t, name);
@@ -132,7 +123,7 @@ Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name, 
   return {rows, columns, first};
 }
 
-Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+Tensor mixture_forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
                const OptionalTensor& row_start, const OptionalTensor& ranks,
                const Tensor& adapter_ids, const Tensor& weights, const OptionalTensor& scale,
                const OptionalTensor& row_mixture, const OptionalTensor& base) {
@@ -162,6 +153,8 @@ Tensor forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
   }
   return y;
 }
+
+namespace {
 
 // d weights[m, j] = scale[k] * sum over rows of <h, q>, d scale[k] = sum of weights * <h, q>, with
 // h = A x and q = B grad of the pair (row, k).
@@ -195,7 +188,9 @@ void weigh_all(const Plan& plan, std::vector<float>& h) {
   for (const Group& g : plan.groups) weigh(plan, g, 0, g.rows, 0, g.depth, h.data());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+}  // namespace
+
+MixtureGrads mixture_backward(
     const Tensor& grad, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
     const OptionalTensor& row_start, const OptionalTensor& ranks, const Tensor& adapter_ids,
     const Tensor& weights, const OptionalTensor& scale, const OptionalTensor& row_mixture,
@@ -248,11 +243,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_x, grad_a, grad_b, grad_w, grad_s};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(lora_fused, CPU, m) {
-  m.impl("mixture_lora_fwd_native", TORCH_BOX(&forward));
-  m.impl("mixture_lora_bwd_native", TORCH_BOX(&backward));
+  m.impl("mixture_lora_fwd_native", TORCH_BOX(&mixture_forward));
+  m.impl("mixture_lora_bwd_native", TORCH_BOX(&mixture_backward));
 }
 
 }  // namespace lora_fused

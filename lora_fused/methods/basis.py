@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from lora_fused.adapters import AdapterStack
 from lora_fused.checks import invalid
+from lora_fused.methods.products import Updates
 from lora_fused.ops import stacked_svd
 
 
@@ -191,6 +193,22 @@ class SharedBasis(nn.Module):
     @property
     def basis_b(self) -> Tensor:
         return self.b.basis
+
+
+def extended_basis(basis: SharedBasis, stack: AdapterStack, options) -> SharedBasis:
+    """The basis of the old adapters and those of a stack, weighted as a fit would weigh them."""
+    updates, sides = Updates(stack, options.weighting == "equal"), []
+    for name, side in (("a", basis.a), ("b", basis.b)):
+        energy = options.energy
+        if options.method == "eigenlorax":
+            rows = updates.side(name)[0]
+            weights = updates.row_weights(name, options.weighting)
+        else:
+            rows = updates.seen_rows(name)
+            weights = rows.new_ones(len(rows))
+            energy = None if energy is None else (1 + energy) / 2
+        sides.append(side.extended(rows, weights, rank=options.rank, energy=energy))
+    return SharedBasis(*sides, embedding=basis.embedding)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

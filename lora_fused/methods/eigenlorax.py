@@ -1,31 +1,35 @@
-"""One shared basis for many adapters: EigenLoRAx and what we hold to be better.
+"""One shared basis for many adapters: EigenLoRAx, and what we hold to be better.
 
 The paper (Kaushik et al., arXiv:2502.04700; Share, arXiv:2602.06043) makes each factor tall,
 joins them over the adapters, centres, and keeps the top P principal directions of either side; a
-task is then two small coefficient matrices. **We compute** it so ("eigenlorax"), with stacked_svd
-on the bank in place. **We differ**: the mean is kept, as one more basis vector, where the released
-code drops it; alpha / r counts; adapters weigh by their updates, not by how A and B share the
-size. "hosvd" looks at the updates alone: the directions that the stacked D_k have, which no
-(A, B) -> (M A, B M^-1) changes. "hooi" refines it by turns (JD-Full of Compress-then-Serve,
-arXiv:2407.00066), "jd_diag" finds joint factors that make all cores diagonal.
+task is then two small coefficient matrices. Compress-then-Serve (arXiv:2407.00066) minimises the
+error of the products, by turns, with full or diagonal cores. **We compute** both: "eigenlorax",
+"hooi" (their JD-Full) and "jd_diag", with stacked_svd on the bank in place. **We differ**: the mean
+is kept as one more basis vector, where the released code drops it; alpha / r counts; adapters weigh
+by their updates, not by how A and B share the size; "hosvd" looks at the updates alone, so that no
+(A, B) -> (M A, B M^-1) changes it: V_A are the top right singular directions of the stacked
+R_k A_k s_k with R_k from B_k, V_B likewise.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, AdapterStack
+from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
-from lora_fused.methods import products
 from lora_fused.methods.basis import Directions, SharedBasis, principal
+from lora_fused.methods.clusters import SubspaceClusters, cluster
+from lora_fused.methods.jd_diag import diagonal_basis
+from lora_fused.methods.products import Updates
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.ops import FactoredStack, stacked_svd
 
 METHODS = ("eigenlorax", "hosvd", "hooi", "jd_diag")
 WEIGHTINGS = ("updates", "factors", "equal")
 _OP = "fit_subspace"
+# Turns of "hooi" end when one adds less than this share of the energy held.
+_GAIN, _MOST_TURNS = 1e-5, 30
 
 
 @torch.no_grad()
@@ -39,32 +43,185 @@ def fit_subspace(
     center: bool = True,
     weighting: str = "updates",
     augment: int = 0,
+    clusters: int | None = None,
     progress: bool | Callable[[int, int], None] = True,
     seed: int = 0,
-) -> Subspace:
+) -> Subspace | SubspaceClusters:
+    """Fit the basis that a bank's adapters share, per module, and every adapter's core in it.
+
+    D_k is about basis_b^T M_k basis_a, M_k = s_k (B_k basis_b) (A_k basis_a^T). The bank stays as
+    it is; adapters in training count as they are now. Turn ``rank`` (or ``energy``) first.
+
+    Args:
+        bank: Adapters of any ranks, scales and modules.
+        rank: Principal directions P of either side; a module whose stack has fewer keeps them all.
+            Either this or ``energy``.
+        energy: In (0, 1], in place of rank: every module gets the P that its adapters need.
+            "hosvd" and "hooi": the products keep at least this share of their energy.
+            "eigenlorax": each side's principal directions do, of the factors. Not for "jd_diag".
+        method: ``"eigenlorax"``: principal directions of the factors. ``"hosvd"``: of the updates.
+            ``"hooi"``: hosvd, refined by turns until the products' error stops falling: the least
+            error. ``"jd_diag"``: directions (not orthogonal) in which every core is diagonal: P
+            numbers per adapter and module in place of 2 P r.
+        keep_mean: "eigenlorax": the mean is one more basis vector, the first: P + 1 in all.
+        center: "eigenlorax": subtract the mean first, as the paper does. False: principal
+            directions of the factors as they are, which hold their mean without an extra vector.
+            (The others look at the updates, not centred: nothing is subtracted.)
+        weighting: ``"updates"``: an adapter weighs as much as it changes the weights, ||D_k||.
+            ``"equal"``: all adapters the same (D_k / ||D_k||, as Compress-then-Serve). "eigenlorax"
+            only, ``"factors"``: as the factors are stored, times sqrt(s_k), as the paper does.
+        augment: Random directions behind the principal ones, orthogonal to them: for few adapters.
+        clusters: Split the adapters into so many groups of similar ones, each with a basis of its
+            own (worth it from some 100 adapters on); the result is a SubspaceClusters then.
+        progress: True: a line on stderr where that is a terminal; or called as
+            progress(done, total) after each module.
+        seed: Of the sketches, random directions and clusters. The same call gives the same result.
+
+    Returns:
+        Subspace: ``bases`` and ``cores``; ``errors(bank)`` says how good it is.
+
+    Raises:
+        ValueError: a wrong argument, or a bank without adapters.
+
+    Numerics:
+        Factors are read as stored; products accumulate in float32, Gram matrices in float64; bases
+        and cores are float32. Deterministic. "hosvd" and "hooi" change by rounding alone under a
+        change of gauge.
+
+    Cost:
+        T the sum of the ranks: per module one stacked_svd of [T, I] and one of [T, O], and
+        T P (I + O) multiply-adds for the cores; "hooi" a few times that, "jd_diag" some fifty
+        times the cores'. No [O, I] matrix is formed.
+
+    Example:
+        >>> subspace = fit_subspace(bank, rank=32, method="hosvd")
+        >>> print(subspace.errors(bank))
+        >>> optimizer = torch.optim.AdamW(subspace.new_task("mine", rank=8))
+    """
+    _check(bank, rank, energy, method, keep_mean, center, weighting, augment)
     options = FitOptions(method, rank, energy, keep_mean, center, weighting, augment, seed)
-    generator = torch.Generator().manual_seed(seed)
-    bases = {}
-    for module, stack in bank.stacks.items():
-        bases[module] = _basis(stack, options, generator)
-    empty = Subspace(bases, AdapterBank(), options)
-    empty.cores.add_many([empty.project(bank.adapter(name)) for name in bank.names])
-    return empty
+    if clusters is not None:
+        groups = cluster(bank, clusters, seed=seed)
+        parts = [_fit(bank.subset(names), options, False) for names in _shown(groups, progress)]
+        return SubspaceClusters(parts)
+    return _fit(bank, options, progress)
 
 
-def _basis(stack, options, generator):
-    a = _directions(stack, "a", options)
-    b = _directions(stack, "b", options)
-    return SharedBasis(a, b, embedding=stack.embedding)
+def _fit(bank: AdapterBank, options: FitOptions, progress) -> Subspace:
+    generator = torch.Generator().manual_seed(options.seed)
+    live = {m: stack for m, stack in bank.stacks.items() if any(stack.ranks)}
+    bases = {m: _basis(live[m], options, generator) for m in _shown(list(live), progress)}
+    found = Subspace(bases, AdapterBank(device=bank.device), options)
+    found.cores.add_many([found.project(bank.adapter(name)) for name in bank.names])
+    return found
 
 
-def _directions(stack, side, options):
-    lora_a, lora_b = (t.detach() for t in stack.factors())
-    if side == "b":
-        lora_a, lora_b = lora_b, lora_a
+def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator) -> SharedBasis:
+    updates = Updates(stack, options.weighting == "equal")
+    if options.method == "eigenlorax":
+        sides = [_of_factors(updates, side, options, generator) for side in "ab"]
+    else:
+        sides = [_of_updates(updates, side, options, generator) for side in "ab"]
+    if options.method == "hooi":
+        sides = _by_turns(updates, sides, generator)
+    if options.method == "jd_diag":
+        sides = diagonal_basis(updates, sides)
+    if options.augment:
+        sides = [side.augment(options.augment, generator) for side in sides]
+    return SharedBasis(*sides, embedding=stack.embedding)
+
+
+def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
+    """Principal directions of a factor's rows."""
+    rows = updates.side(side)[0]
+    weights = updates.row_weights(side, options.weighting)
+    keeps_mean = options.center and options.keep_mean
+    most = max(1, min(rows.shape) - keeps_mean)
     found = stacked_svd(
-        FactoredStack(lora_a, lora_b, stack.row_start, stack.scale),
-        rank=min(options.rank, *lora_a.shape),
+        rows, **_size(options, most), weights=weights, center=options.center, generator=generator
     )
-    total = float(products.norms(stack).square().sum())
-    return principal(found.vh, found.s, total)
+    squares = weights.double().square()
+    weight, mean = float(squares.sum()), None
+    total = float(squares @ torch.linalg.vector_norm(rows, dim=1).double().square())
+    if options.center:
+        mean = (squares.float() @ rows.float()).double() / max(weight, 1e-300)
+        total = max(total - weight * float(mean.square().sum()), 0.0)
+    kept = slice(most)
+    facts = {"mean": mean, "weight": weight, "keeps_mean": keeps_mean}
+    return principal(found.vh[kept], found.s[kept], total, **facts)
+
+
+def _of_updates(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
+    """Principal directions of the updates, stacked along the other side."""
+    rows, other = updates.side(side)
+    # Two sides lose at most the sum of what each loses.
+    size = _size(options, min(rows.shape), lambda energy: (1 + energy) / 2)
+    stack = FactoredStack(rows, other, updates.row_start, updates.scale)
+    found = stacked_svd(stack, **size, generator=generator)
+    return principal(found.vh, found.s, updates.energy)
+
+
+def _by_turns(updates: Updates, sides: list[Directions], generator) -> list[Directions]:
+    """Each side anew from the updates as the other side keeps them, until little is gained."""
+    sides, held = list(sides), 0.0
+    for _ in range(_MOST_TURNS):
+        for i, side in ((1, "b"), (0, "a")):
+            rows, other = updates.side(side)
+            seen = sides[1 - i].coordinates(other).to(rows.dtype)
+            stack = FactoredStack(rows, seen, updates.row_start, updates.scale)
+            found = stacked_svd(stack, rank=len(sides[i]), generator=generator)
+            sides[i] = principal(found.vh, found.s, updates.energy)
+        before, held = held, float(found.s.double().square().sum())
+        if held - before <= _GAIN * held:
+            break
+    return sides
+
+
+def _size(options: FitOptions, most: int, needed: Callable[[float], float] = float) -> dict:
+    """rank= or energy= of a stacked_svd."""
+    if options.energy is None:
+        return {"rank": min(options.rank, most)}
+    return {"energy": needed(options.energy)}
+
+
+def _shown(items: list, progress) -> Iterator:
+    """The items; after each the caller, or a line on a terminal, hears how many are done."""
+    report = progress if callable(progress) else None
+    line = progress is True and sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        if report is not None:
+            report(done, len(items))
+        elif line:
+            end = "\n" if done == len(items) else ""
+            print(f"\rfit_subspace: {done} of {len(items)}", end=end, file=sys.stderr, flush=True)
+
+
+def _check(bank, rank, energy, method, keep_mean, center, weighting, augment) -> None:
+    if not isinstance(bank, AdapterBank):
+        raise invalid(_OP, "bank", "be an AdapterBank", type(bank).__name__)
+    if not len(bank):
+        raise invalid(_OP, "bank", "hold at least one adapter", "none")
+    if method not in METHODS:
+        raise invalid(_OP, "method", f"be one of {METHODS}", repr(method))
+    if (rank is None) == (energy is None):
+        raise invalid(_OP, "rank and energy", "be given one of the two", f"{rank} and {energy}")
+    for label, value, least in (("rank", rank, 1), ("augment", augment, 0)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least):
+            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
+    if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
+        raise invalid(_OP, "energy", "be a number in (0, 1]", repr(energy))
+    if energy is not None and method == "jd_diag":
+        raise invalid(_OP, "energy", "be left out for method 'jd_diag' (give rank)", energy)
+    allowed = WEIGHTINGS if method == "eigenlorax" else ("updates", "equal")
+    if weighting not in allowed:
+        raise invalid(_OP, "weighting", f"be one of {allowed} for {method!r}", repr(weighting))
+    if method != "eigenlorax" and not (keep_mean and center):
+        rule = f"be left at True for {method!r}, which subtracts no mean"
+        raise invalid(_OP, "keep_mean and center", rule, f"{keep_mean} and {center}")
+    stacks = bank.stacks.values()
+    most = max(min(max(s.in_features, s.out_features), sum(s.ranks)) for s in stacks)
+    if rank is not None and rank > most:
+        rule = f"be at most {most}, the most directions that a module has"
+        raise invalid(_OP, "rank", rule, rank)

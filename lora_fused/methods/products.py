@@ -93,3 +93,62 @@ def gaps(part: Block, basis_a: Tensor, basis_b: Tensor, core: Block) -> Tensor:
         other.append(coords @ gram(basis) @ coords.mT)
     found = part.scale.square() * inner(*own) + core.scale.square() * inner(*other)
     return (found - 2 * part.scale * core.scale * inner(*cross)).clamp_min(0)
+
+
+class Updates:
+    """A layer's updates, weighted for the fit.
+
+    Attributes:
+        lora_a: ``[T, I]``, as stored.
+        lora_b: ``[T, O]``.
+        row_start: ``[K + 1]``.
+        ranks: ``[K]``.
+        scale: ``[K]``: s_k, or s_k / ||D_k|| where all count the same.
+        norms: ``[K]`` float64 of the weighted updates.
+    """
+
+    def __init__(self, stack: AdapterStack, equal: bool):
+        self.stack = stack
+        self.lora_a, self.lora_b = (t.detach() for t in stack.factors())
+        self.row_start = stack.row_start
+        self.ranks = torch.tensor(stack.ranks, device=self.lora_a.device)
+        self.scale, self.norms = stack.scale.double(), norms(stack)
+        if equal:
+            self.scale = self.scale * _inverse(self.norms)
+            self.norms = (self.norms > 0).double()
+        self.scale = self.scale.float()
+
+    @property
+    def energy(self) -> float:
+        return float(self.norms.square().sum())
+
+    def side(self, side: str) -> tuple[Tensor, Tensor]:
+        """The factor of a side, and the other."""
+        return (self.lora_a, self.lora_b) if side == "a" else (self.lora_b, self.lora_a)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.ranks)
+
+    def seen_rows(self, side: str) -> Tensor:
+        """``[T, I]`` float64 rows, in any order, with the Gram matrix of the stacked updates."""
+        own, other = ("lora_a", "lora_b") if side == "a" else ("lora_b", "lora_a")
+        scale = self.scale.double()[:, None, None]
+        parts = [
+            (scale[part.ids] * (root(getattr(part, other)) @ getattr(part, own))).flatten(0, 1)
+            for part in blocks(self.stack)
+        ]
+        return torch.cat(parts)
+
+    def row_weights(self, side: str, weighting: str) -> Tensor:
+        """``[T]`` weights that make a factor's energy ||D_k||, or leave its own."""
+        if weighting == "factors":
+            return self.per_row(self.scale.abs().sqrt())
+        rows = self.side(side)[0]
+        squares = torch.zeros_like(self.norms)
+        owner = self.per_row(torch.arange(len(self.ranks), device=rows.device))
+        squares.index_add_(0, owner, torch.linalg.vector_norm(rows, dim=1).double().square())
+        return self.per_row((self.norms * _inverse(squares)).sqrt().float())
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values.clamp_min(torch.finfo(torch.float64).tiny), 0.0)

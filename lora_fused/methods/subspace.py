@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
 from lora_fused.checks import invalid, shape
-from lora_fused.methods.basis import SharedBasis
+from lora_fused.methods.basis import SharedBasis, extended_basis
 from lora_fused.methods.cores import core_of, pair_of, resized
 from lora_fused.methods.subspace_errors import SubspaceErrors, reconstruction_errors
 
@@ -101,10 +101,7 @@ class Subspace:
             ValueError: the adapter adapts a module that the subspace lacks, or of other sizes.
         """
         self._check_fits("Subspace.project", [adapter])
-        parts = {}
-        for module, part in adapter.modules.items():
-            parts[module] = core_of(part, self.bases[module], self.diagonal)
-        return Adapter(adapter.name, parts, adapter.saved, adapter.metadata)
+        return _core(adapter, self.bases, self.diagonal)
 
     @torch.no_grad()
     def reconstruct(self, name: str, *, rank: int | None = None) -> Adapter:
@@ -140,6 +137,56 @@ class Subspace:
         From the factors and the cores as they are stored, in float64; nothing dense is formed.
         """
         return reconstruction_errors(self.bases, self.cores, bank, names, self.diagonal)
+
+    def distance(self, adapter: Adapter) -> float:
+        """The relative error of an adapter's projection, over all its modules."""
+        own, core = AdapterBank(), AdapterBank()
+        own.add(adapter)
+        core.add(self.project(adapter))
+        return reconstruction_errors(self.bases, core, own, None, self.diagonal).overall
+
+    def add(self, adapter: Adapter) -> int:
+        """Add one adapter and adapt the bases to it; see ``add_many``."""
+        return self.add_many([adapter])[0]
+
+    @torch.no_grad()
+    def add_many(self, adapters: Iterable[Adapter]) -> list[int]:
+        """Add adapters, adapt the bases to them and turn all stored cores; return their ids.
+
+        Per module and side an SVD of [V S | new rows], as a fit would have weighted them: no old
+        adapter is needed. What the old bases had left out stays lost. Ids and mixtures stay valid.
+        "jd_diag": the bases stay as they are.
+
+        Raises:
+            ValueError: as ``project``; a name that is taken; cores in training. Nothing has
+                changed then.
+        """
+        adapters = list(adapters)
+        self._check_fits("Subspace.add", adapters)
+        if any(stack.trained for stack in self.cores.stacks.values()):
+            rule = "be frozen while the bases change (call cores.freeze())"
+            raise invalid("Subspace.add", "cores", rule, "a task in training")
+        added = AdapterBank(dtype=torch.float32, device=self.cores.device)
+        added.add_many(adapters)
+        bases = dict(self.bases)
+        if not self.diagonal:
+            for module, stack in added.stacks.items():
+                bases[module] = extended_basis(self.bases[module], stack, self.options)
+        changed = {m: bases[m] for m in added.modules if m in self.cores.stacks}
+        held = {m: _state(self.cores.stacks[m]) for m in changed}
+        for module, basis in changed.items():
+            _turn(self.cores.stacks[module], self.bases[module], basis)
+        try:
+            ids = self.cores.add_many(
+                [_core(adapter, bases, self.diagonal) for adapter in adapters]
+            )
+        except ValueError:
+            for module, state in held.items():
+                self.cores.stacks[module]._commit(*state)
+            raise
+        for module, basis in bases.items():  # layers hold the SharedBasis: it stays the same object
+            self.bases[module].a, self.bases[module].b = basis.a, basis.b
+        return ids
 
     def new_task(
         self,
@@ -229,6 +276,23 @@ class Subspace:
                 if [part.lora_a.shape[1], part.lora_b.shape[1]] != sizes:
                     got = f"{shape(part.lora_a)} and {shape(part.lora_b)}"
                     raise invalid(op, where, f"have sizes (I, O) = {tuple(sizes)}", got)
+
+
+def _core(adapter: Adapter, bases: dict[str, SharedBasis], diagonal: bool) -> Adapter:
+    parts = {m: core_of(part, bases[m], diagonal) for m, part in adapter.modules.items()}
+    return Adapter(adapter.name, parts, adapter.saved, adapter.metadata)
+
+
+def _state(stack: AdapterStack) -> tuple:
+    """What a stack's ``_commit`` takes to be again as it is."""
+    return stack.lora_a, stack.lora_b, stack.scale, stack.ranks, stack._spare
+
+
+def _turn(stack: AdapterStack, old: SharedBasis, new: SharedBasis) -> None:
+    """Write a stack's cores in the coordinates of another basis."""
+    lora_a = stack.lora_a @ (old.basis_a @ new.basis_a.mT).to(stack.lora_a)
+    lora_b = stack.lora_b @ (old.basis_b @ new.basis_b.mT).to(stack.lora_b)
+    stack._commit(lora_a, lora_b, stack.scale, stack.ranks, 0)
 
 
 def _config(parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:

@@ -197,7 +197,7 @@ class SharedBasis(nn.Module):
 
 def extended_basis(basis: SharedBasis, stack: AdapterStack, options) -> SharedBasis:
     """The basis of the old adapters and those of a stack, weighted as a fit would weigh them."""
-    updates, sides = Updates(stack, options.weighting == "equal"), []
+    updates, sides = Updates(stack, equal=options.weighting == "equal"), []
     for name, side in (("a", basis.a), ("b", basis.b)):
         energy = options.energy
         if options.method == "eigenlorax":

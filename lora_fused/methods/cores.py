@@ -6,10 +6,10 @@ A diagonal core diag(d) is kept as the pair (d, 1): the diagonal of core_b^T cor
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
 from lora_fused.checks import invalid
 from lora_fused.methods.basis import SharedBasis
-from lora_fused.methods.products import Block, gram
+from lora_fused.methods.products import Block, Updates, gram
 
 
 def core_of(part: LoraFactors, basis: SharedBasis, diagonal: bool) -> LoraFactors:
@@ -20,6 +20,30 @@ def core_of(part: LoraFactors, basis: SharedBasis, diagonal: bool) -> LoraFactor
     values = solve_diagonal((rows[0] * rows[1]).sum(0, dtype=torch.float64)[None], basis)
     values = values.to(basis.basis_a)
     return LoraFactors(values, torch.ones_like(values), part.scale)
+
+
+def cores_of_bank(bank: AdapterBank, bases: dict[str, SharedBasis], diagonal: bool) -> AdapterBank:
+    """The cores of all adapters, under their names; a module's rows in one product."""
+    parts: dict[str, dict[str, LoraFactors]] = {name: {} for name in bank.names}
+    for module, basis in bases.items():
+        stack = bank.stacks[module]
+        lora_a, lora_b = (t.detach() for t in stack.factors())
+        rows_a, rows_b = basis.a.coordinates(lora_a), basis.b.coordinates(lora_b)
+        if diagonal:
+            rows_a = solve_diagonal(Updates(stack).sums(rows_a * rows_b), basis).to(rows_a)
+            rows_b = torch.ones_like(rows_a)
+        for name, found in parts.items():
+            k = bank.id(name)
+            at = slice(k, k + 1) if diagonal else stack.rows(k)
+            if stack.ranks[k]:
+                scale = float(stack.scale[k])
+                found[module] = LoraFactors(rows_a[at], rows_b[at], scale)
+    cores = AdapterBank(device=bank.device)
+    saved, metadata = bank.saved, bank.metadata
+    cores.add_many(
+        [Adapter(name, p, saved.get(name, {}), metadata[name]) for name, p in parts.items()]
+    )
+    return cores
 
 
 def solve_diagonal(moments: Tensor, basis: SharedBasis) -> Tensor:

@@ -20,10 +20,11 @@ from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.methods.basis import Directions, SharedBasis, principal
 from lora_fused.methods.clusters import SubspaceClusters, cluster
+from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.jd_diag import diagonal_basis
 from lora_fused.methods.products import Updates
 from lora_fused.methods.subspace import FitOptions, Subspace
-from lora_fused.ops import FactoredStack, stacked_svd
+from lora_fused.ops import stacked_svd
 
 METHODS = ("eigenlorax", "hosvd", "hooi", "jd_diag")
 WEIGHTINGS = ("updates", "factors", "equal")
@@ -111,13 +112,11 @@ def _fit(bank: AdapterBank, options: FitOptions, progress) -> Subspace:
     generator = torch.Generator().manual_seed(options.seed)
     live = {m: stack for m, stack in bank.stacks.items() if any(stack.ranks)}
     bases = {m: _basis(live[m], options, generator) for m in _shown(list(live), progress)}
-    found = Subspace(bases, AdapterBank(device=bank.device), options)
-    found.cores.add_many([found.project(bank.adapter(name)) for name in bank.names])
-    return found
+    return Subspace(bases, cores_of_bank(bank, bases, options.method == "jd_diag"), options)
 
 
 def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator) -> SharedBasis:
-    updates = Updates(stack, options.weighting == "equal")
+    updates = Updates(stack, equal=options.weighting == "equal")
     if options.method == "eigenlorax":
         sides = [_of_factors(updates, side, options, generator) for side in "ab"]
     else:
@@ -137,9 +136,8 @@ def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> 
     weights = updates.row_weights(side, options.weighting)
     keeps_mean = options.center and options.keep_mean
     most = max(1, min(rows.shape) - keeps_mean)
-    found = stacked_svd(
-        rows, **_size(options, most), weights=weights, center=options.center, generator=generator
-    )
+    facts = {"weights": weights, "center": options.center, "generator": generator}
+    found = stacked_svd(rows, **_size(options, most), **facts)
     squares = weights.double().square()
     weight, mean = float(squares.sum()), None
     total = float(squares @ torch.linalg.vector_norm(rows, dim=1).double().square())
@@ -153,11 +151,10 @@ def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> 
 
 def _of_updates(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
     """Principal directions of the updates, stacked along the other side."""
-    rows, other = updates.side(side)
+    rows = updates.seen_rows(side)
     # Two sides lose at most the sum of what each loses.
     size = _size(options, min(rows.shape), lambda energy: (1 + energy) / 2)
-    stack = FactoredStack(rows, other, updates.row_start, updates.scale)
-    found = stacked_svd(stack, **size, generator=generator)
+    found = stacked_svd(rows, **size, generator=generator)
     return principal(found.vh, found.s, updates.energy)
 
 
@@ -166,10 +163,9 @@ def _by_turns(updates: Updates, sides: list[Directions], generator) -> list[Dire
     sides, held = list(sides), 0.0
     for _ in range(_MOST_TURNS):
         for i, side in ((1, "b"), (0, "a")):
-            rows, other = updates.side(side)
-            seen = sides[1 - i].coordinates(other).to(rows.dtype)
-            stack = FactoredStack(rows, seen, updates.row_start, updates.scale)
-            found = stacked_svd(stack, rank=len(sides[i]), generator=generator)
+            seen = sides[1 - i].coordinates(updates.side(side)[1])
+            rows, size = updates.seen_rows(side, seen), len(sides[i])
+            found = stacked_svd(rows, rank=size, generator=generator)
             sides[i] = principal(found.vh, found.s, updates.energy)
         before, held = held, float(found.s.double().square().sum())
         if held - before <= _GAIN * held:

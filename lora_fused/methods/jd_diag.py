@@ -21,18 +21,18 @@ def diagonal_basis(updates, sides: list[Directions]) -> list[Directions]:
     """
     v, u = _paired(updates, sides)
     owner = updates.per_row(torch.arange(len(updates.ranks), device=v.device))
-    weight = updates.per_row(updates.scale)[:, None]
+    weight = updates.per_row(updates.scale).float()[:, None]
     lora_a, lora_b = updates.lora_a.float(), updates.lora_b.float()
     a, b = lora_a @ v.mT, (lora_b @ u.mT) * weight
     error = updates.energy
     for _ in range(_TURNS):
-        moments = _sums(a * b, owner, len(updates.ranks))
+        moments = updates.sums(a * b)
         d = _solve(moments, _gram(v) * _gram(u))
         before, error = error, updates.energy - float((d.double() * moments).sum())
         v = _unit(_solve_rows((b * d[owner]).mT @ lora_a, _gram(d.mT) * _gram(u)))
         a = lora_a @ v.mT
         # The lengths of v are in d again: solved for the new v, so the error only falls.
-        d = _solve(_sums(a * b, owner, len(updates.ranks)), _gram(v) * _gram(u))
+        d = _solve(updates.sums(a * b), _gram(v) * _gram(u))
         u = _unit(_solve_rows((a * d[owner] * weight).mT @ lora_b, _gram(d.mT) * _gram(v)))
         b = (lora_b @ u.mT) * weight
         if before - error <= _GAIN * error:
@@ -47,13 +47,6 @@ def _paired(updates, sides: list[Directions]) -> tuple[Tensor, Tensor]:
     left, _, right = torch.linalg.svd(mean, full_matrices=False)
     v = right[:size].to(a) @ sides[0].basis
     return v, left[:, :size].mT.to(a) @ sides[1].basis
-
-
-def _sums(rows: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Of each adapter's rows, ``[K, P]`` float64."""
-    return rows.new_zeros(count, rows.shape[1], dtype=torch.float64).index_add(
-        0, owner, rows.double()
-    )
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_fused.adapters import AdapterStack
 
 _VALUES = 2**24  # float64 values of one block of adapters
+_CACHED = 2**18  # of one that is read once
 
 
 class Block(NamedTuple):
@@ -31,24 +32,40 @@ class Block(NamedTuple):
     scale: Tensor
 
 
-def blocks(stack: AdapterStack, ids: Sequence[int] | None = None) -> Iterator[Block]:
-    """The adapters of a packed stack (default: all that are not empty), rank by rank."""
-    size = stack.in_features + stack.out_features
-    by_rank: dict[int, list[int]] = {}
+def by_rank(stack: AdapterStack, ids: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """Ids of adapters (default: all that are not empty) in lists of one rank each."""
+    found: dict[int, list[int]] = {}
     for k in range(len(stack)) if ids is None else ids:
         if stack.ranks[k]:
-            by_rank.setdefault(stack.ranks[k], []).append(k)
-    for rank, found in by_rank.items():
-        most = max(1, _VALUES // (rank * size))
-        for first in range(0, len(found), most):
-            yield block(stack, found[first : first + most])
+            found.setdefault(stack.ranks[k], []).append(k)
+    yield from found.values()
+
+
+def rows_of(stack: AdapterStack, rows: Tensor, ids: Sequence[int]) -> Tensor:
+    """``[n, R, I]`` of a tensor ``[T, I]`` by rank rows; a view where the adapters lie together."""
+    first, rank = stack.rows(ids[0]).start, stack.ranks[ids[0]]
+    if all(stack.rows(k).start == first + i * rank for i, k in enumerate(ids)):
+        return rows[first : first + len(ids) * rank].unflatten(0, (len(ids), rank))
+    return rows[_index(stack, ids).to(rows.device)]
+
+
+def _index(stack: AdapterStack, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([[*range(stack.rows(k).start, stack.rows(k).stop)] for k in ids])
 
 
 def block(stack: AdapterStack, ids: list[int]) -> Block:
     """These adapters, which share a rank."""
-    rows = torch.tensor([[*range(stack.rows(k).start, stack.rows(k).stop)] for k in ids])
-    lora_a, lora_b = (t.detach()[rows.to(t.device)].double() for t in stack.factors())
+    lora_a, lora_b = (rows_of(stack, t.detach(), ids).double() for t in stack.factors())
     return Block(ids, lora_a, lora_b, stack.scale[ids].double())
+
+
+def blocks(stack: AdapterStack, ids: Sequence[int] | None = None) -> Iterator[Block]:
+    """The adapters of a packed stack (default: all that are not empty), a few at a time."""
+    size = stack.in_features + stack.out_features
+    for found in by_rank(stack, ids):
+        most = max(1, _VALUES // (stack.ranks[found[0]] * size))
+        for first in range(0, len(found), most):
+            yield block(stack, found[first : first + most])
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -62,21 +79,7 @@ def inner(gram_a: Tensor, gram_b: Tensor) -> Tensor:
 
 def norms(stack: AdapterStack) -> Tensor:
     """||D_k||_F of each adapter, ``[K]`` float64; 0 for an empty segment."""
-    found = torch.zeros(len(stack), dtype=torch.float64, device=stack.lora_a.device)
-    for part in blocks(stack):
-        squares = inner(gram(part.lora_a), gram(part.lora_b))
-        found[part.ids] = part.scale.abs() * squares.clamp_min(0).sqrt()
-    return found
-
-
-def root(rows: Tensor) -> Tensor:
-    """L ``[n, R, R]`` with L^T L = rows rows^T: what a factor does to the other, without its size.
-
-    From the eigenvalues, so rows that depend on one another are no trouble (a Cholesky factor would
-    not exist).
-    """
-    power, turn = torch.linalg.eigh(gram(rows))
-    return power.clamp_min(0).sqrt()[..., None] * turn.mT
+    return Updates(stack).norms
 
 
 def gaps(part: Block, basis_a: Tensor, basis_b: Tensor, core: Block) -> Tensor:
@@ -96,27 +99,28 @@ def gaps(part: Block, basis_a: Tensor, basis_b: Tensor, core: Block) -> Tensor:
 
 
 class Updates:
-    """A layer's updates, weighted for the fit.
+    """A layer's updates, weighted for a fit.
 
     Attributes:
         lora_a: ``[T, I]``, as stored.
         lora_b: ``[T, O]``.
-        row_start: ``[K + 1]``.
-        ranks: ``[K]``.
         scale: ``[K]``: s_k, or s_k / ||D_k|| where all count the same.
         norms: ``[K]`` float64 of the weighted updates.
     """
 
-    def __init__(self, stack: AdapterStack, equal: bool):
+    def __init__(self, stack: AdapterStack, *, equal: bool = False):
         self.stack = stack
         self.lora_a, self.lora_b = (t.detach() for t in stack.factors())
-        self.row_start = stack.row_start
         self.ranks = torch.tensor(stack.ranks, device=self.lora_a.device)
-        self.scale, self.norms = stack.scale.double(), norms(stack)
+        self.scale = stack.scale.double()
+        self.norms = torch.zeros_like(self.scale)
+        self._groups = list(by_rank(stack))
+        self._grams = {side: self._gram(self.side(side)[0]) for side in "ab"}
+        for ids, gram_a, gram_b in zip(self._groups, *self._grams.values(), strict=True):
+            self.norms[ids] = self.scale[ids].abs() * inner(gram_a, gram_b).clamp_min(0).sqrt()
         if equal:
             self.scale = self.scale * _inverse(self.norms)
             self.norms = (self.norms > 0).double()
-        self.scale = self.scale.float()
 
     @property
     def energy(self) -> float:
@@ -129,25 +133,48 @@ class Updates:
     def per_row(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self.ranks)
 
-    def seen_rows(self, side: str) -> Tensor:
-        """``[T, I]`` float64 rows, in any order, with the Gram matrix of the stacked updates."""
-        own, other = ("lora_a", "lora_b") if side == "a" else ("lora_b", "lora_a")
-        scale = self.scale.double()[:, None, None]
-        parts = [
-            (scale[part.ids] * (root(getattr(part, other)) @ getattr(part, own))).flatten(0, 1)
-            for part in blocks(self.stack)
-        ]
-        return torch.cat(parts)
+    def sums(self, rows: Tensor) -> Tensor:
+        """``[T, ...]`` summed over each adapter's rows, ``[K, ...]`` float64."""
+        owner = self.per_row(torch.arange(len(self.ranks), device=rows.device))
+        found = rows.new_zeros(len(self.ranks), *rows.shape[1:], dtype=torch.float64)
+        return found.index_add_(0, owner, rows.double())
+
+    def seen_rows(self, side: str, other: Tensor | None = None) -> Tensor:
+        """``[T, I]`` float32 with the Gram matrix of the stacked updates: s_k L_k A_k.
+
+        L_k^T L_k = B_k^T B_k, from eigenvalues, so that dependent columns of B_k are no trouble (a
+        Cholesky factor would not exist). ``other``: what to take for B, as ``[T, P]``.
+        """
+        rows = self.side(side)[0]
+        found = rows.new_empty(rows.shape, dtype=torch.float32)
+        grams = self._grams["b" if side == "a" else "a"] if other is None else self._gram(other)
+        for ids, gram_other in zip(self._groups, grams, strict=True):
+            power, turn = torch.linalg.eigh(gram_other)
+            root = power.clamp_min(0).sqrt()[..., None] * turn.mT
+            root = (root * self.scale[ids, None, None]).float()
+            mixed = root @ rows_of(self.stack, rows, ids).float()
+            if len(self._groups) == 1:
+                return mixed.flatten(0, 1)
+            found[_index(self.stack, ids).flatten().to(found.device)] = mixed.flatten(0, 1)
+        return found
 
     def row_weights(self, side: str, weighting: str) -> Tensor:
         """``[T]`` weights that make a factor's energy ||D_k||, or leave its own."""
         if weighting == "factors":
-            return self.per_row(self.scale.abs().sqrt())
-        rows = self.side(side)[0]
+            return self.per_row(self.scale.abs().sqrt()).float()
         squares = torch.zeros_like(self.norms)
-        owner = self.per_row(torch.arange(len(self.ranks), device=rows.device))
-        squares.index_add_(0, owner, torch.linalg.vector_norm(rows, dim=1).double().square())
-        return self.per_row((self.norms * _inverse(squares)).sqrt().float())
+        for ids, own in zip(self._groups, self._grams[side], strict=True):
+            squares[ids] = own.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return self.per_row((self.norms * _inverse(squares)).sqrt()).float()
+
+    def _gram(self, rows: Tensor) -> list[Tensor]:
+        """Per group ``[n, R, R]`` float64; few adapters at a time, which stay in cache."""
+        found = []
+        for ids in self._groups:
+            own = rows_of(self.stack, rows, ids)
+            few = max(1, _CACHED // own[0].numel())
+            found.append(torch.cat([gram(part.double()) for part in own.split(few)]))
+        return found
 
 
 def _inverse(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ by their updates, not by how A and B share the size; "hosvd" looks at the update
 R_k A_k s_k with R_k from B_k, V_B likewise.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 
@@ -18,12 +19,14 @@ import torch
 
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
+from lora_fused.methods import products
 from lora_fused.methods.basis import Directions, SharedBasis, principal
 from lora_fused.methods.clusters import SubspaceClusters, cluster
 from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.jd_diag import diagonal_basis
 from lora_fused.methods.products import Updates
 from lora_fused.methods.subspace import FitOptions, Subspace
+from lora_fused.methods.subspace_errors import SubspaceErrors
 from lora_fused.ops import stacked_svd
 
 METHODS = ("eigenlorax", "hosvd", "hooi", "jd_diag")
@@ -31,6 +34,7 @@ WEIGHTINGS = ("updates", "factors", "equal")
 _OP = "fit_subspace"
 # Turns of "hooi" end when one adds less than this share of the energy held.
 _GAIN, _MOST_TURNS = 1e-5, 30
+_FEW_ROWS = 128  # where an exact SVD costs next to nothing
 
 
 @torch.no_grad()
@@ -108,11 +112,49 @@ def fit_subspace(
     return _fit(bank, options, progress)
 
 
+@torch.no_grad()
+def leave_one_out(
+    bank: AdapterBank,
+    options: FitOptions,
+    *,
+    progress: bool | Callable[[int, int], None] = True,
+) -> SubspaceErrors:
+    """Errors of each adapter in a basis fitted to all the others: what a new one may expect.
+
+    Args:
+        bank: At least two adapters.
+        options: Of the fits, such as ``subspace.options``.
+        progress: As in fit_subspace, per adapter.
+    """
+    if len(bank) < 2:
+        raise invalid("leave_one_out", "bank", "hold at least two adapters", len(bank))
+    gaps, norms = [], []
+    for name in _shown(bank.names, progress, "leave_one_out"):
+        others = bank.subset([other for other in bank.names if other != name])
+        fitted = Subspace(_bases(others, options, False), AdapterBank(), options)
+        adapter = bank.adapter(name)
+        known = {m: part for m, part in adapter.modules.items() if m in fitted.bases}
+        if known:  # what no other adapts is lost whole
+            fitted.cores.add(fitted.project(dataclasses.replace(adapter, modules=known)))
+            found = fitted.errors(bank, [name])
+            gap, norm = found.gaps, found.norms
+        else:
+            norm = torch.stack([products.norms(s)[bank.id(name)] for s in bank.stacks.values()])
+            gap = norm = norm[None].cpu()
+        gaps.append(gap)
+        norms.append(norm)
+    return SubspaceErrors(tuple(bank.names), bank.modules, torch.cat(gaps), torch.cat(norms))
+
+
 def _fit(bank: AdapterBank, options: FitOptions, progress) -> Subspace:
-    generator = torch.Generator().manual_seed(options.seed)
-    live = {m: stack for m, stack in bank.stacks.items() if any(stack.ranks)}
-    bases = {m: _basis(live[m], options, generator) for m in _shown(list(live), progress)}
+    bases = _bases(bank, options, progress)
     return Subspace(bases, cores_of_bank(bank, bases, options.method == "jd_diag"), options)
+
+
+def _bases(bank: AdapterBank, options: FitOptions, progress) -> dict[str, SharedBasis]:
+    generator = torch.Generator().manual_seed(options.seed)
+    live = [module for module, stack in bank.stacks.items() if any(stack.ranks)]
+    return {m: _basis(bank.stacks[m], options, generator) for m in _shown(live, progress)}
 
 
 def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator) -> SharedBasis:
@@ -137,7 +179,7 @@ def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> 
     keeps_mean = options.center and options.keep_mean
     most = max(1, min(rows.shape) - keeps_mean)
     facts = {"weights": weights, "center": options.center, "generator": generator}
-    found = stacked_svd(rows, **_size(options, most), **facts)
+    found = stacked_svd(rows, **_size(options, rows.shape, most), **facts)
     squares = weights.double().square()
     weight, mean = float(squares.sum()), None
     total = float(squares @ torch.linalg.vector_norm(rows, dim=1).double().square())
@@ -153,7 +195,7 @@ def _of_updates(updates: Updates, side: str, options: FitOptions, generator) -> 
     """Principal directions of the updates, stacked along the other side."""
     rows = updates.seen_rows(side)
     # Two sides lose at most the sum of what each loses.
-    size = _size(options, min(rows.shape), lambda energy: (1 + energy) / 2)
+    size = _size(options, rows.shape, min(rows.shape), lambda energy: (1 + energy) / 2)
     found = stacked_svd(rows, **size, generator=generator)
     return principal(found.vh, found.s, updates.energy)
 
@@ -173,11 +215,12 @@ def _by_turns(updates: Updates, sides: list[Directions], generator) -> list[Dire
     return sides
 
 
-def _size(options: FitOptions, most: int, needed: Callable[[float], float] = float) -> dict:
-    """rank= or energy= of a stacked_svd."""
-    if options.energy is None:
-        return _ranked(min(options.rank, most))
-    return {"energy": needed(options.energy)}
+def _size(options: FitOptions, shape, most: int, needed: Callable[[float], float] = float) -> dict:
+    """How large a stacked_svd of a stack of this shape shall be, and by which way."""
+    if options.energy is not None:
+        return {"energy": needed(options.energy)}
+    exact = {"method": "exact"} if min(shape) <= _FEW_ROWS else {}
+    return {**_ranked(min(options.rank, most)), **exact}
 
 
 def _ranked(rank: int) -> dict:
@@ -185,7 +228,7 @@ def _ranked(rank: int) -> dict:
     return {"rank": rank, "oversampling": rank + 1, "power_iterations": 1}
 
 
-def _shown(items: list, progress) -> Iterator:
+def _shown(items: list, progress, what: str = _OP) -> Iterator:
     """The items; after each the caller, or a line on a terminal, hears how many are done."""
     report = progress if callable(progress) else None
     line = progress is True and sys.stderr.isatty()
@@ -195,7 +238,7 @@ def _shown(items: list, progress) -> Iterator:
             report(done, len(items))
         elif line:
             end = "\n" if done == len(items) else ""
-            print(f"\rfit_subspace: {done} of {len(items)}", end=end, file=sys.stderr, flush=True)
+            print(f"\r{what}: {done} of {len(items)}", end=end, file=sys.stderr, flush=True)
 
 
 def _check(bank, rank, energy, method, keep_mean, center, weighting, augment) -> None:

@@ -14,6 +14,8 @@
 
 namespace lora_fused {
 
+constexpr int64_t kFewRows = 6;  // a tile of rows; fewer do not repay a group of their own
+
 // lora_a or lora_b: element (k, r, c) lies at first(k) + r * stride_row + c * stride_col.
 struct Side {
   const char* data;

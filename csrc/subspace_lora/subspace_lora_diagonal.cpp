@@ -78,22 +78,22 @@ MixtureGrads diagonal_backward(const MixtureKernels& kernels, const Route& route
   Tensor grad_s = made(need_scale, z, {count}, ScalarType::Float);
   if (needs & 1) mix(route, diagonals, dt, static_cast<float*>(grad_z.mutable_data_ptr()));
 
-  // A row in order after the other: an adapter's sum does not depend on threads.
-  std::vector<float> copy, product(width), by_core(need_core ? count * width : 0);
-  std::vector<double> by_weight(route.mixtures * route.per_row), by_scale(count);
+  // One row after the other: an adapter's sum does not depend on threads.
+  std::vector<float> copy, by_core(need_core ? count * width : 0);
+  std::vector<double> product(width), by_weight(route.mixtures * route.per_row), by_scale(count);
   for (int64_t n = 0; n < route.rows && (needs & ~1); ++n) {
     const int64_t at = route.mixture(n) * route.per_row;
-    for (int64_t p = 0; p < width; ++p) product[p] = dt[n * width + p] * zs[n * width + p];
+    for (int64_t p = 0; p < width; ++p) product[p] = double(dt[n * width + p]) * zs[n * width + p];
     for (int64_t j = 0; j < route.per_row; ++j) {
       const int64_t k = route.adapter_ids[at + j];
       if (k < 0) continue;
       const float weight = route.weights[at + j], scale = scale_of(route, k);
       for (int64_t p = 0; need_core && p < width; ++p)
-        by_core[k * width + p] += weight * scale * product[p];
+        by_core[k * width + p] += float(double(weight) * scale * product[p]);
       if (!need_weights && !need_scale) continue;
       const float* const d = diagonals.at(k, copy);
       double dot = 0.0;
-      for (int64_t p = 0; p < width; ++p) dot += double(d[p]) * product[p];
+      for (int64_t p = 0; p < width; ++p) dot += d[p] * product[p];
       by_weight[at + j] += dot * scale;
       by_scale[k] += dot * weight;
     }

@@ -18,7 +18,7 @@ class Directions(nn.Module):
         spectrum: ``[P]`` float32: root of the energy along each row (0: random).
         mean: ``[I]``, the mean of the rows that were factorised if they were centred, else None.
         total: energy ||X||_F^2 of what was factorised (the mean's share only where it is kept).
-        weight: the sum of the rows' squared weights, which the mean was taken with.
+        count: how many rows were factorised.
         keeps_mean: the mean is a basis vector.
         augmented: how many rows are random.
 
@@ -32,14 +32,14 @@ class Directions(nn.Module):
         total: float,
         *,
         mean: Tensor | None = None,
-        weight: float = 0.0,
+        count: int = 0,
         keeps_mean: bool = False,
         augmented: int = 0,
     ):
         super().__init__()
         for name, value in (("basis", basis), ("spectrum", spectrum), ("mean", mean)):
             self.register_buffer(name, value, persistent=False)
-        self.total, self.weight = float(total), float(weight)
+        self.total, self.count = float(total), count
         self.keeps_mean, self.augmented = keeps_mean, augmented
 
     def __len__(self) -> int:
@@ -73,32 +73,28 @@ class Directions(nn.Module):
         return self._with_random(self.basis, self.spectrum, drawn, self.augmented + count)
 
     @torch.no_grad()
-    def extended(self, rows: Tensor, weights: Tensor, *, rank: int | None, energy: float | None):
+    def extended(self, rows: Tensor, *, rank: int | None, energy: float | None):
         """The directions of the old rows and the new: an SVD of [spectrum * basis; new rows].
 
         Equal to a fit of all rows but for what the old basis had already left out.
 
         Args:
             rows: New rows ``[R, I]``, as they would have been factorised.
-            weights: Of the rows, ``[R]``.
             rank: How many principal directions, or fewer where there are not so many.
             energy: In place of rank: the share of the new total that they must hold.
         """
         first = int(self.keeps_mean)
         at = slice(first, first + self.principal)
         known = self.spectrum[at, None].double() * self.basis[at].double()
-        rows, weights = rows.double(), weights.double()[:, None]
-        mean, weight = None, float(weights.square().sum())
+        rows, mean, count = rows.double(), None, self.count + len(rows)
         old_mean_energy = self.mean_energy if self.keeps_mean else 0.0
-        new = [known, rows * weights]
+        new = [known, rows]
         if self.mean is not None:
-            old, added = self.mean.double(), (weights.square() * rows).sum(0) / max(weight, 1e-300)
-            both = self.weight + weight
-            mean = (self.weight * old + weight * added) / max(both, 1e-300)
+            old, added = self.mean.double(), rows.mean(0)
+            mean = (self.count * old + len(rows) * added) / count
             # The two means differ: their distance is variance of the union.
-            between = (self.weight * weight / max(both, 1e-300)) ** 0.5 * (old - added)[None]
-            new = [known, (rows - added) * weights, between]
-            weight = both
+            between = (self.count * len(rows) / count) ** 0.5 * (old - added)[None]
+            new = [known, rows - added, between]
         stack = torch.cat(new)
         total = self.total - old_mean_energy + float(torch.cat(new[1:]).square().sum())
         found = stacked_svd(stack, rank=min(*stack.shape), method="exact")
@@ -113,15 +109,15 @@ class Directions(nn.Module):
             total,
             like=self.basis,
             mean=mean,
-            weight=weight,
+            count=count,
             keeps_mean=self.keeps_mean,
             random=self.basis[len(self) - self.augmented :],
         )
 
     @property
     def mean_energy(self) -> float:
-        """What the mean adds to the energy: weight * |mean|^2."""
-        return 0.0 if self.mean is None else self.weight * float(self.mean.double().square().sum())
+        """What the mean adds to the energy: count * |mean|^2."""
+        return 0.0 if self.mean is None else self.count * float(self.mean.double().square().sum())
 
     def _with_random(self, basis: Tensor, spectrum: Tensor, drawn: Tensor, augmented: int):
         fresh = drawn.double()
@@ -133,7 +129,7 @@ class Directions(nn.Module):
             torch.cat([spectrum, spectrum.new_zeros(len(fresh))]),
             self.total,
             mean=self.mean,
-            weight=self.weight,
+            count=self.count,
             keeps_mean=self.keeps_mean,
             augmented=augmented,
         )
@@ -146,7 +142,7 @@ def principal(
     *,
     like: Tensor | None = None,
     mean: Tensor | None = None,
-    weight: float = 0.0,
+    count: int = 0,
     keeps_mean: bool = False,
     random: Tensor | None = None,
 ) -> Directions:
@@ -154,7 +150,7 @@ def principal(
     like = rows if like is None else like
     spectrum, basis = values.float(), rows
     if keeps_mean:
-        energy = weight * float(mean.double().square().sum())
+        energy = count * float(mean.double().square().sum())
         unit = mean.double() / max(float(mean.double().norm()), 1e-300)
         basis = _orthonormal(torch.cat([unit[None].to(rows.device), rows.double()]))
         spectrum = torch.cat([spectrum.new_tensor([energy**0.5]), spectrum])
@@ -165,7 +161,7 @@ def principal(
         spectrum,
         total,
         mean=kept,
-        weight=weight,
+        count=count,
         keeps_mean=keeps_mean,
     )
     if random is None or not len(random):
@@ -201,13 +197,11 @@ def extended_basis(basis: SharedBasis, stack: AdapterStack, options) -> SharedBa
     for name, side in (("a", basis.a), ("b", basis.b)):
         energy = options.energy
         if options.method == "eigenlorax":
-            rows = updates.side(name)[0]
-            weights = updates.row_weights(name, options.weighting)
+            rows = updates.weighted_rows(name, options.weighting)
         else:
             rows = updates.seen_rows(name)
-            weights = rows.new_ones(len(rows))
             energy = None if energy is None else (1 + energy) / 2
-        sides.append(side.extended(rows, weights, rank=options.rank, energy=energy))
+        sides.append(side.extended(rows, rank=options.rank, energy=energy))
     return SharedBasis(*sides, embedding=basis.embedding)
 
 

@@ -4,7 +4,7 @@ The paper (Kaushik et al., arXiv:2502.04700; Share, arXiv:2602.06043) makes each
 joins them over the adapters, centres, and keeps the top P principal directions of either side; a
 task is then two small coefficient matrices. Compress-then-Serve (arXiv:2407.00066) minimises the
 error of the products, by turns, with full or diagonal cores. **We compute** both: "eigenlorax",
-"hooi" (their JD-Full) and "jd_diag", with stacked_svd on the bank in place. **We differ**: the mean
+"hooi" (their JD-Full) and "jd_diag", with stacked_svd on the stacked rows. **We differ**: the mean
 is kept as one more basis vector, where the released code drops it; alpha / r counts; adapters weigh
 by their updates, not by how A and B share the size; "hosvd" looks at the updates alone, so that no
 (A, B) -> (M A, B M^-1) changes it: V_A are the top right singular directions of the stacked
@@ -173,22 +173,17 @@ def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator)
 
 
 def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
-    """Principal directions of a factor's rows."""
-    rows = updates.side(side)[0]
-    weights = updates.row_weights(side, options.weighting)
+    """Principal directions of a factor's weighted rows."""
+    rows = updates.weighted_rows(side, options.weighting)
     keeps_mean = options.center and options.keep_mean
     most = max(1, min(rows.shape) - keeps_mean)
-    facts = {"weights": weights, "center": options.center, "generator": generator}
-    found = stacked_svd(rows, **_size(options, rows.shape, most), **facts)
-    squares = weights.double().square()
-    weight, mean = float(squares.sum()), None
-    total = float(squares @ torch.linalg.vector_norm(rows, dim=1).double().square())
-    if options.center:
-        mean = (squares.float() @ rows.float()).double() / max(weight, 1e-300)
-        total = max(total - weight * float(mean.square().sum()), 0.0)
-    kept = slice(most)
-    facts = {"mean": mean, "weight": weight, "keeps_mean": keeps_mean}
-    return principal(found.vh[kept], found.s[kept], total, **facts)
+    size = _size(options, rows.shape, most)
+    found = stacked_svd(rows, **size, center=options.center, generator=generator)
+    first, share = float(found.s[0]), float(found.energy[0])
+    total = first**2 / share if share else 0.0
+    mean = rows.mean(0) if options.center else None
+    facts = {"mean": mean, "count": len(rows), "keeps_mean": keeps_mean}
+    return principal(found.vh[:most], found.s[:most], total, **facts)
 
 
 def _of_updates(updates: Updates, side: str, options: FitOptions, generator) -> Directions:

@@ -158,14 +158,18 @@ class Updates:
             found[_index(self.stack, ids).flatten().to(found.device)] = mixed.flatten(0, 1)
         return found
 
-    def row_weights(self, side: str, weighting: str) -> Tensor:
-        """``[T]`` weights that make a factor's energy ||D_k||, or leave its own."""
+    def weighted_rows(self, side: str, weighting: str) -> Tensor:
+        """``[T, I]`` float32: a factor so scaled that A_k has the energy ||D_k||, as B_k has.
+
+        "factors": scaled by sqrt(s_k) alone.
+        """
+        rows = self.side(side)[0].float()
         if weighting == "factors":
-            return self.per_row(self.scale.abs().sqrt()).float()
+            return rows * self.per_row(self.scale.abs().sqrt()).float()[:, None]
         squares = torch.zeros_like(self.norms)
         for ids, own in zip(self._groups, self._grams[side], strict=True):
             squares[ids] = own.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return self.per_row((self.norms * _inverse(squares)).sqrt()).float()
+        return rows * self.per_row((self.norms * _inverse(squares)).sqrt()).float()[:, None]
 
     def _gram(self, rows: Tensor) -> list[Tensor]:
         """Per group ``[n, R, R]`` float64; few adapters at a time, which stay in cache."""

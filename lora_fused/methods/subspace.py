@@ -172,7 +172,9 @@ class Subspace:
         if not self.diagonal:
             for module, stack in added.stacks.items():
                 bases[module] = extended_basis(self.bases[module], stack, self.options)
-        changed = {m: bases[m] for m in added.modules if m in self.cores.stacks}
+        changed = {
+            m: b for m, b in bases.items() if b is not self.bases[m] and m in self.cores.stacks
+        }
         held = {m: _state(self.cores.stacks[m]) for m in changed}
         for module, basis in changed.items():
             _turn(self.cores.stacks[module], self.bases[module], basis)

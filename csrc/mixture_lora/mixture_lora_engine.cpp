@@ -1,10 +1,7 @@
 #include "mixture_lora_engine.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 namespace lora_fused {
 namespace {
@@ -14,7 +11,6 @@ constexpr int64_t kRankChunk = 64;  // ranks of a shrink task
 constexpr int64_t kWidenRows = 12;  // rows that repay converting 16-bit ranks once
 constexpr int64_t kRoom = 1 << 16;  // floats of a thread's output block: 256 KiB, in L2
 constexpr int64_t kWideRoom = 1 << 20;  // where few rows share an adapter: long reads of B matter
-constexpr int64_t kShortRow = 1024;  // bytes
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -49,17 +45,6 @@ struct RankRows {
   }
 };
 
-// Asks for the ranks of a group that will be read next. Short rows begin before the hardware's own
-// prefetch has seen them; of long ones it is as good.
-void prefetch(const Stack& stack, const Side& side, const Plan& plan, const Group& group) {
-  const int64_t bytes = side.columns * dtype_size(side.dtype);
-  if (side.stride_col != 1 || bytes > kShortRow) return;
-  for (int64_t s = group.first; s < group.last; ++s)
-    for (int64_t r = 0; r < plan.segments[s].rank; ++r)
-      for (int64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(stack.at(side, plan.segments[s].adapter, r) + at, 0, 2);
-}
-
 }  // namespace
 
 void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& side,
@@ -84,8 +69,6 @@ void shrink_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
     static thread_local RankRows source;
     const Task& task = tasks[t];
     const Group& g = *task.group;
-    if (t + 1 < int64_t(tasks.size()) && tasks[t + 1].group != &g)
-      prefetch(stack, side, plan, *tasks[t + 1].group);
     const void* const* a = source.load(kernels, stack, side, plan, g, task.rank, task.ranks, 0,
                                        side.columns, task.end - task.begin >= kWidenRows);
     const int32_t* row = plan.rows_of(g);
@@ -174,7 +157,6 @@ void expand_rows(const MixtureKernels& kernels, const Stack& stack, const Side& 
         std::memset(acc + i * stride, 0, round_up(n, kPadColumns) * sizeof(float));
     for (const Group& g : plan.groups) {
       part_ends(plan, g, ends);
-      if (&g != &plan.groups.back()) prefetch(stack, side, plan, (&g)[1]);
       const void* const* b = source.load(kernels, stack, side, plan, g, 0, g.depth, o, n, false);
       const int32_t* row = plan.rows_of(g);
       float** ys = scratch(y, g.rows);

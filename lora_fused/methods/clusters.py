@@ -13,7 +13,7 @@ from lora_fused.checks import invalid
 from lora_fused.methods.subspace import Subspace
 
 _BLOCK_ROWS = 2048
-_TURNS = 100
+_TURNS, _STARTS = 100, 8
 
 
 @torch.no_grad()
@@ -47,11 +47,8 @@ def cluster(bank: AdapterBank, count: int, *, seed: int = 0) -> list[list[str]]:
         raise invalid("fit_subspace", "clusters", rule, repr(count))
     cosines = similarity(bank).cpu()
     generator = torch.Generator().manual_seed(seed)
-    labels = _nearest(cosines, _seeds(cosines, count, generator), count)
-    for _ in range(_TURNS):
-        before, labels = labels, _nearest(cosines, labels, count)
-        if labels.equal(before):
-            break
+    found = [_settled(cosines, _seeds(cosines, count, generator), count) for _ in range(_STARTS)]
+    labels = min(found, key=lambda labels: float(_distances(cosines, labels, count)[1].sum()))
     names = bank.names
     return [[names[k] for k in (labels == c).nonzero().flatten().tolist()] for c in range(count)]
 
@@ -59,27 +56,37 @@ def cluster(bank: AdapterBank, count: int, *, seed: int = 0) -> list[list[str]]:
 def _seeds(cosines: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Labels [K] with one adapter in each cluster, drawn far apart (k-means++); -1: none yet."""
     labels = torch.full((len(cosines),), -1)
-    odds = torch.ones(len(cosines), dtype=torch.float64)
+    odds = torch.full((len(cosines),), 2.0, dtype=torch.float64)
     for c in range(count):
         drawn = int(torch.multinomial(odds, 1, generator=generator))
         labels[drawn] = c
-        odds = (
-            torch.minimum(odds, (2 - 2 * cosines[drawn]).clamp_min(0))
-            if c
-            else (2 - 2 * cosines[drawn]).clamp_min(0)
-        )
+        odds = torch.minimum(odds, (2 - 2 * cosines[drawn]).clamp_min(1e-12))
         odds[labels >= 0] = 0
-        odds = torch.where(labels < 0, odds.clamp_min(1e-12), odds)
     return labels
 
 
-def _nearest(cosines: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Each adapter to the nearest centre of the labelled ones; no cluster is left empty."""
+def _settled(cosines: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The labels that k-means ends with from these."""
+    for _ in range(_TURNS):
+        before, labels = labels, _nearest(cosines, labels, count)
+        if labels.equal(before):
+            break
+    return labels
+
+
+def _distances(cosines: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Squared distances to all centres [K, C] but for the adapter's own norm, and to its own."""
     member = torch.nn.functional.one_hot(labels.clamp_min(0), count).double()
     member *= (labels >= 0).double()[:, None]
     member /= member.sum(0)
     cross = cosines @ member
-    distance = (member * cross).sum(0) - 2 * cross  # plus the adapter's own norm
+    found = (member * cross).sum(0) - 2 * cross
+    return found, found.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+
+
+def _nearest(cosines: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Each adapter to the nearest centre of the labelled ones; no cluster is left empty."""
+    distance, _ = _distances(cosines, labels, count)
     found = distance.argmin(1)
     for c in range(count):
         if not (found == c).any():  # the one that lies worst in a cluster of several

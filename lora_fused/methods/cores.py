@@ -52,11 +52,13 @@ def solve_diagonal(moments: Tensor, basis: SharedBasis) -> Tensor:
     return moments.double() @ torch.linalg.pinv(both, hermitian=True)
 
 
-def pair_of(part: LoraFactors) -> LoraFactors:
-    """A diagonal core as an ordinary pair of rank P."""
-    values = (part.lora_a * part.lora_b).sum(0)
-    unit = torch.eye(len(values), dtype=values.dtype, device=values.device)
-    return LoraFactors(values.diag(), unit, part.scale)
+def pair_of(part: LoraFactors, basis: SharedBasis) -> tuple[LoraFactors, tuple[Tensor, Tensor]]:
+    """A diagonal core as an ordinary pair of rank P, in orthonormal bases of the same spans."""
+    values = (part.lora_a * part.lora_b).sum(0).double()
+    q_a, r_a = torch.linalg.qr(basis.basis_a.double().mT)
+    q_b, r_b = torch.linalg.qr(basis.basis_b.double().mT)
+    sides = q_a.mT.to(basis.basis_a), q_b.mT.to(basis.basis_b)
+    return LoraFactors((r_a * values).mT, r_b.mT, part.scale), sides
 
 
 def pairs_of(core: Block) -> Block:

@@ -118,12 +118,15 @@ class Subspace:
         parts = {}
         for module, part in core.modules.items():
             basis = self.bases[module]
+            sides = basis.basis_a, basis.basis_b
             if self.diagonal:
-                part = pair_of(part)
+                part, sides = pair_of(part, basis)
             if rank is not None and rank != part.lora_a.shape[0]:
                 part = resized(part, rank, rslora=bool(config.get("use_rslora")))
-            lora_a = part.lora_a.to(basis.basis_a) @ basis.basis_a
-            lora_b = part.lora_b.to(basis.basis_b) @ basis.basis_b
+            lora_a, lora_b = (
+                part.lora_a.to(sides[0]) @ sides[0],
+                part.lora_b.to(sides[1]) @ sides[1],
+            )
             parts[module] = LoraFactors(lora_a, lora_b, part.scale, basis.embedding)
         metadata = core.metadata
         if config and rank is not None:

@@ -1,5 +1,20 @@
 """Methods on adapters: each file one paper or family, on stacks and banks, never on files."""
 
+from lora_fused.methods.clusters import SubspaceClusters
+from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
 from lora_fused.methods.merging import Merged, MergeReport, ModuleReport, merge
+from lora_fused.methods.subspace import FitOptions, Subspace
+from lora_fused.methods.subspace_errors import SubspaceErrors
 
-__all__ = ["MergeReport", "Merged", "ModuleReport", "merge"]
+__all__ = [
+    "FitOptions",
+    "MergeReport",
+    "Merged",
+    "ModuleReport",
+    "Subspace",
+    "SubspaceClusters",
+    "SubspaceErrors",
+    "fit_subspace",
+    "leave_one_out",
+    "merge",
+]

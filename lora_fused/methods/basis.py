@@ -15,7 +15,7 @@ class Directions(nn.Module):
     Attributes:
         basis: ``[P, I]``: where ``keeps_mean``, the mean's direction first; then principal
             directions, strongest first; ``augmented`` random ones last.
-        spectrum: ``[P]`` float32: root of the energy along each row (0: random).
+        spectrum: ``[P]``: root of the energy along each row (0: random).
         mean: ``[I]``, the mean of the rows that were factorised if they were centred, else None.
         total: energy ||X||_F^2 of what was factorised (the mean's share only where it is kept).
         count: how many rows were factorised.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lora_fused.adapters import AdapterBank, AdapterStack
+from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.methods import products
 from lora_fused.methods.basis import Directions, SharedBasis, principal
@@ -104,6 +104,8 @@ def fit_subspace(
         >>> optimizer = torch.optim.AdamW(subspace.new_task("mine", rank=8))
     """
     _check(bank, rank, energy, method, keep_mean, center, weighting, augment)
+    if not isinstance(seed, int):
+        raise invalid(_OP, "seed", "be an integer", repr(seed))
     options = FitOptions(method, rank, energy, keep_mean, center, weighting, augment, seed)
     if clusters is not None:
         groups = cluster(bank, clusters, seed=seed)
@@ -154,11 +156,14 @@ def _fit(bank: AdapterBank, options: FitOptions, progress) -> Subspace:
 def _bases(bank: AdapterBank, options: FitOptions, progress) -> dict[str, SharedBasis]:
     generator = torch.Generator().manual_seed(options.seed)
     live = [module for module, stack in bank.stacks.items() if any(stack.ranks)]
-    return {m: _basis(bank.stacks[m], options, generator) for m in _shown(live, progress)}
+    return {m: _basis(bank, m, options, generator) for m in _shown(live, progress)}
 
 
-def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator) -> SharedBasis:
-    updates = Updates(stack, equal=options.weighting == "equal")
+def _basis(bank: AdapterBank, module: str, options: FitOptions, generator) -> SharedBasis:
+    updates = Updates(bank.stacks[module], equal=options.weighting == "equal")
+    for name in bank.names:
+        if not updates.finite[bank.id(name)]:
+            raise invalid(_OP, f"adapter {name!r} at {module!r}", "be finite", "non-finite values")
     if options.method == "eigenlorax":
         sides = [_of_factors(updates, side, options, generator) for side in "ab"]
     else:
@@ -169,7 +174,7 @@ def _basis(stack: AdapterStack, options: FitOptions, generator: torch.Generator)
         sides = diagonal_basis(updates, sides)
     if options.augment:
         sides = [side.augment(options.augment, generator) for side in sides]
-    return SharedBasis(*sides, embedding=stack.embedding)
+    return SharedBasis(*sides, embedding=bank.stacks[module].embedding)
 
 
 def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> Directions:

@@ -106,6 +106,7 @@ class Updates:
         lora_b: ``[T, O]``.
         scale: ``[K]``: s_k, or s_k / ||D_k|| where all count the same.
         norms: ``[K]`` float64 of the weighted updates.
+        finite: of each adapter, whether all its numbers are.
     """
 
     def __init__(self, stack: AdapterStack, *, equal: bool = False):
@@ -118,6 +119,7 @@ class Updates:
         self._grams = {side: self._gram(self.side(side)[0]) for side in "ab"}
         for ids, gram_a, gram_b in zip(self._groups, *self._grams.values(), strict=True):
             self.norms[ids] = self.scale[ids].abs() * inner(gram_a, gram_b).clamp_min(0).sqrt()
+        self.finite = self.norms.isfinite().tolist()
         if equal:
             self.scale = self.scale * _inverse(self.norms)
             self.norms = (self.norms > 0).double()

@@ -240,6 +240,7 @@ class Subspace:
         B ``strength`` times those of basis_b; 0: the update begins at zero, as LoRA's. All of A and
         B train. A layer whose basis is smaller has the rank that it gives.
         """
+        _check_rank("Subspace.initial_adapter", rank)
         alpha = rank if alpha is None else alpha
         parts = {}
         for module, basis in self.bases.items():
@@ -252,8 +253,7 @@ class Subspace:
         if start not in ("zero", "random"):
             rule = "be 'zero', 'random' or an Adapter"
             raise invalid("Subspace.new_task", "start", rule, repr(start))
-        if not isinstance(rank, int) or rank < 1:
-            raise invalid("Subspace.new_task", "rank", "be an integer of at least 1", repr(rank))
+        _check_rank("Subspace.new_task", rank)
         rank = 1 if self.diagonal else rank
         alpha = rank if alpha is None else alpha
         modules = list(self.bases if modules is None else modules)
@@ -282,6 +282,11 @@ class Subspace:
                 if [part.lora_a.shape[1], part.lora_b.shape[1]] != sizes:
                     got = f"{shape(part.lora_a)} and {shape(part.lora_b)}"
                     raise invalid(op, where, f"have sizes (I, O) = {tuple(sizes)}", got)
+
+
+def _check_rank(op: str, rank: int) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise invalid(op, "rank", "be an integer of at least 1", repr(rank))
 
 
 def _core(adapter: Adapter, bases: dict[str, SharedBasis], diagonal: bool) -> Adapter:

@@ -326,6 +326,7 @@ BAD = {
     "diagonal": ({"rank": None, "energy": 0.5, "method": "jd_diag"}, "energy must be left out"),
     "weighting": ({"weighting": "factors", "method": "hosvd"}, "weighting must be one of"),
     "mean": ({"keep_mean": False, "method": "hooi"}, "keep_mean and center must be left at True"),
+    "seed": ({"seed": "x"}, "seed must be an integer, got 'x'"),
     "augment": ({"augment": -1}, "augment must be an integer of at least 0, got -1"),
     "clusters": ({"clusters": 10}, "clusters must be an integer from 1 to 9, the adapters, got 10"),
 }
@@ -335,6 +336,14 @@ BAD = {
 def test_rejects(change, text):
     with pytest.raises(ValueError, match=f"^fit_subspace: {text}"):
         fit_subspace(make_bank(), **{"rank": 4, **change})
+
+
+@EVERY
+def test_names_the_adapter_that_is_not_finite(method):
+    bank = make_bank()
+    bank.stacks["v"].lora_b[bank.stacks["v"].rows(3)] = torch.nan
+    with pytest.raises(ValueError, match="adapter 'a3' at 'v' must be finite, got non-finite"):
+        fit_subspace(bank, rank=4, method=method)
 
 
 def test_rejects_other_banks():

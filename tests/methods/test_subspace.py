@@ -255,6 +255,8 @@ def test_an_ordinary_adapter_begins_in_the_principal_directions(tmp_path):
     for module, part in zero.modules.items():
         assert part.lora_a.equal(subspace.bases[module].basis_a[:3]) and not part.lora_b.any()
         assert small.modules[module].lora_b.equal(0.1 * subspace.bases[module].basis_b[:3])
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got 0"):
+        subspace.initial_adapter("new", rank=0)
     write_adapter(small, tmp_path / "new")
     assert read_adapter(tmp_path / "new", name="new").modules["q"].lora_a.shape == (3, 96)
 

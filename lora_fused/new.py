@@ -94,7 +94,7 @@ def _part(module: nn.Module, rank: int, scale: float, generator: torch.Generator
 
 def _targets(model: nn.Module, wanted: list[str] | str) -> dict[str, nn.Module]:
     # What an attached layer holds is no module of the base.
-    ours = {"lora_stack", "lora_saved"}
+    ours = {"lora_stack", "lora_basis", "lora_saved"}
     modules = {p: m for p, m in model.named_modules() if not ours & set(p.split("."))}
     if isinstance(wanted, str):
         if wanted == "all-linear":

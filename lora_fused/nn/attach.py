@@ -1,4 +1,7 @@
-"""attach(model, bank): give layers their adapters in place, and take them back exactly."""
+"""attach(model, bank): give layers their adapters in place, and take them back exactly.
+
+With a Subspace the bank is that of its cores, and each layer also gets its basis.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
+from lora_fused.methods.subspace import Subspace
 from lora_fused.mixture import Mixture, Route, Row
 from lora_fused.nn.fit import (
     check_base,
@@ -14,6 +18,7 @@ from lora_fused.nn.fit import (
     check_missing,
     check_words,
     chooser,
+    parts_of,
     targets,
 )
 from lora_fused.nn.linear import MixtureLayer, layer_class
@@ -25,7 +30,7 @@ _OP = "attach"
 
 def attach(
     model: nn.Module,
-    bank: AdapterBank,
+    bank: AdapterBank | Subspace,
     *,
     modules: Iterable[str] | Callable[[str], bool] | None = None,
     saved_modules: str = "error",
@@ -43,7 +48,8 @@ def attach(
         model: with the bank's modules under the bank's names, each exactly an nn.Linear, an
             nn.Embedding or transformers' Conv1D.
         bank: at least one adapter, attached to no other model. Adapters of the same modules may be
-            added later.
+            added later. A Subspace is served in its bases: the layers run subspace_lora, and
+            ``handle.bank`` is its ``cores``. Its ``add`` and ``new_task`` reach the layers too.
         modules: names of the bank's modules, or a function of a name, where not all are meant: the
             others are left as they are, and no adapter has an effect there.
         saved_modules: what to do about fully trained modules (PEFT's modules_to_save) in the bank.
@@ -53,17 +59,17 @@ def attach(
         missing: what to do where an adapter's config targets a module of the model for which it has
             no factors. ``"error"``: refuse it if the adapter has the same module of another layer,
             else warn; ``"warn"``: warn; ``"ignore"``: nothing.
-        impl: of mixture_lora in every layer; embeddings have the reference alone.
+        impl: of the op in every layer; a bank's embeddings have the reference alone.
 
     Returns:
         The handle that mixes and detaches; ``handle_of(model)`` finds it again, also on a deepcopy,
         which has its own copy of the bank.
 
     Raises:
-        ValueError: a module is missing, of another type or size, on the meta device, or inside
-            nn.MultiheadAttention or nn.TransformerEncoderLayer, whose fast paths skip it; the model
-            or the bank is attached already; the bank is empty or has saved modules; an adapter
-            lacks a layer. Nothing has changed then.
+        ValueError: ``bank`` is neither; a module is missing, of another type or size, on the meta
+            device, or inside nn.MultiheadAttention or nn.TransformerEncoderLayer, whose fast paths
+            skip it; the model or the bank is attached already; the bank is empty or has saved
+            modules; an adapter lacks a layer. Nothing has changed then.
 
     Warns:
         UserWarning: an adapter's config names another base model than ``model.config``.
@@ -75,7 +81,8 @@ def attach(
         - A mixture is the model's: every forward inside the with block uses it, in any thread.
         - With per="sample" the first axis of every module's input must be the batch.
         - Code that reads ``module.weight`` instead of calling the module gets no update.
-        - ``model.half()`` and the like also round the bank, for good.
+        - ``model.half()`` and the like also round the bank, for good, and a subspace's bases.
+        - Gradients of cores take in an embedding's padding token, which a bank's lora_a leaves out.
 
     Example:
         >>> handle = attach(model, bank)
@@ -84,13 +91,15 @@ def attach(
         >>> handle.detach()
     """
     check_words(saved_modules, missing, impl)
+    subspace = bank if isinstance(bank, Subspace) else None
+    bank, bases = parts_of(bank)
     if any(_site(module) for module in model.modules()):
         raise invalid(_OP, "model", "be detached", "an attached model (see handle_of)")
     if not len(bank):
         raise invalid(_OP, "bank", "hold at least one adapter", "an empty bank")
     named, wanted = dict(model.named_modules(remove_duplicate=False)), chooser(bank, modules)
     saved = saved_of(_OP, bank, named, saved_modules)
-    adapted = targets(bank, named, wanted)
+    adapted = targets(bank, named, wanted, bases)
     heads = check_saved(_OP, bank, saved, named) if saved_modules == "apply" else {}
     layers = {**adapted, **heads}
     check_distinct(layers)
@@ -100,12 +109,14 @@ def attach(
         bank.stacks[name].to(module.weight.device)
     stacks = {name: bank.stacks[name] for name in adapted}
     options = Options(saved_modules, impl, frozenset(bank.stacks.keys() - stacks.keys()))
-    routing = Routing(bank, stacks, tuple(layers), options, saved)
+    routing = Routing(bank, stacks, tuple(layers), options, saved, subspace)
     for name, module in heads.items():
         equip(module, name, routing)
     for name, module in adapted.items():
         module.__class__ = layer_class(module)
         module.lora_stack = bank.stacks[name]
+        if bases is not None:
+            module.lora_basis = bases[name].to(module.weight.device)
         module.lora_site = Site(name, routing)
     return Handle(model, routing, tuple(layers.values()))
 
@@ -129,6 +140,11 @@ class Handle:
     @property
     def bank(self) -> AdapterBank:
         return self._routing.bank
+
+    @property
+    def subspace(self) -> Subspace | None:
+        """What the model is attached to, where that is a subspace; ``bank`` are its cores."""
+        return self._routing.subspace
 
     def __repr__(self) -> str:
         names, source = self.bank.names, self._routing.active.source
@@ -199,7 +215,7 @@ class Handle:
                     f"it, got {type(layer).__qualname__} (undo its parametrisation first)"
                 )
         for layer in self._layers:
-            for name in ("lora_stack", "lora_saved", "lora_held"):
+            for name in ("lora_stack", "lora_basis", "lora_saved", "lora_held"):
                 if hasattr(layer, name):
                     delattr(layer, name)
             del layer.lora_site

@@ -11,6 +11,8 @@ from torch import nn
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.backends import choose
 from lora_fused.checks import invalid
+from lora_fused.methods.basis import SharedBasis
+from lora_fused.methods.subspace import Subspace
 from lora_fused.nn.linear import layer_class, layer_sizes
 from lora_fused.nn.routing import check_forward, holder
 
@@ -29,6 +31,26 @@ def check_words(saved_modules: str, missing: str, impl: str) -> None:
             rule = f"be {known[0]!r}, {known[1]!r} or {known[2]!r}"
             raise invalid(_OP, label, rule, repr(word))
     choose(_OP, impl, torch.device("cpu"), torch.float32)
+
+
+def parts_of(bank: object) -> tuple[AdapterBank, dict[str, SharedBasis] | None]:
+    """The adapters of what attach was given and, of a subspace, its bases."""
+    if isinstance(bank, AdapterBank):
+        return bank, None
+    if not isinstance(bank, Subspace):
+        rule = "be an AdapterBank or a Subspace (of clusters: one of their parts)"
+        raise invalid(_OP, "bank", rule, type(bank).__name__)
+    for name, stack in bank.cores.stacks.items():
+        if name not in bank.bases:
+            rule = "have a basis for every module of its cores"
+            raise invalid(_OP, "subspace", rule, f"none for {name!r}")
+        basis = bank.bases[name]
+        wanted = len(basis.a), len(basis.b)
+        if (stack.in_features, stack.out_features) != wanted:
+            got = (stack.in_features, stack.out_features)
+            rule = f"have the sizes (P, P) = {wanted} of its bases"
+            raise invalid(_OP, f"cores of {name!r}", rule, got)
+    return bank.cores, bank.bases
 
 
 def chooser(
@@ -51,7 +73,10 @@ def chooser(
 
 
 def targets(
-    bank: AdapterBank, modules: dict[str, nn.Module], wanted: Callable[[str], bool]
+    bank: AdapterBank,
+    modules: dict[str, nn.Module],
+    wanted: Callable[[str], bool],
+    bases: dict[str, SharedBasis] | None = None,
 ) -> dict[str, nn.Module]:
     """The model's modules under those of the bank's names that are wanted, each checked."""
     names = [name for name in bank.stacks if wanted(name)]
@@ -61,7 +86,8 @@ def targets(
     if unknown:
         raise invalid(_OP, "model", "have every module of the bank", _unknown(unknown, modules))
     for name in names:
-        _check_target(f"module {name!r}", modules[name], bank.stacks[name])
+        basis = None if bases is None else bases[name]
+        _check_target(f"module {name!r}", modules[name], bank.stacks[name], basis)
         check_forward(_OP, f"module {name!r}", name, modules)
         if holder(bank.stacks[name]) is not None:
             rule = "be attached to one model at a time (bank.subset(bank.names) is a copy)"
@@ -78,20 +104,25 @@ def check_distinct(layers: dict[str, nn.Module]) -> None:
             raise invalid(_OP, f"module {name!r}", rule, f"the same module as {other!r}")
 
 
-def _check_target(what: str, module: nn.Module, stack: AdapterStack) -> None:
+def _check_target(
+    what: str, module: nn.Module, stack: AdapterStack, basis: SharedBasis | None
+) -> None:
     if layer_class(module) is None:
         rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D"
         raise invalid(_OP, what, rule, f"{type(module).__module__}.{type(module).__qualname__}")
     embedding = isinstance(module, nn.Embedding)
-    if embedding != stack.embedding:
+    wanted = (stack if basis is None else basis).embedding
+    if embedding != wanted:
         kinds = ("a linear layer", "an embedding")
-        rule = f"be {kinds[stack.embedding]}, as the bank's adapters of it are"
+        rule = f"be {kinds[wanted]}, as the bank's adapters of it are"
         raise invalid(_OP, what, rule, kinds[embedding])
     if embedding and (module.max_norm is not None or module.scale_grad_by_freq):
         raise invalid(_OP, what, "have no max_norm and no scale_grad_by_freq", module)
     if stack.row_start is None and embedding:
         raise invalid(_OP, what, "have a packed stack", "a slotted one")
     sizes = (stack.in_features, stack.out_features)
+    if basis is not None:
+        sizes = (basis.basis_a.shape[1], basis.basis_b.shape[1])
     if layer_sizes(module) != sizes:
         rule = f"have the adapters' in and out features {sizes}"
         raise invalid(_OP, what, rule, layer_sizes(module))

@@ -1,4 +1,4 @@
-"""Drop-in layers: the frozen layer's own forward, then mixture_lora. No maths here."""
+"""Drop-in layers: the frozen layer's own forward, then mixture_lora or subspace_lora. No maths."""
 
 import functools
 
@@ -9,6 +9,7 @@ from lora_fused.adapters import AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Route
 from lora_fused.nn.routing import Site, check_rows
+from lora_fused.nn.subspace import add_in_basis, add_of_tokens
 from lora_fused.ops import mixture_lora
 from lora_fused.ops.mixture_lora import contract
 from lora_fused.ops.mixture_lora.reference import embedding_update
@@ -19,8 +20,10 @@ CONV1D = ("transformers.pytorch_utils", "Conv1D")
 class MixtureLayer:
     """What a layer class gains: base output plus the update of the mixture in force.
 
-    Attributes (both absent from state_dict):
+    Attributes (all absent from state_dict):
         lora_stack: the layer's AdapterStack, a submodule, so that model.to() moves it.
+        lora_basis: its SharedBasis, where the model is attached to a Subspace; the stack's are
+            cores then. Else there is no such attribute.
         lora_site: its place in an attached model; None in a layer that stands alone.
     """
 
@@ -61,6 +64,12 @@ class MixtureLayer:
     def _add_update(self, x: Tensor, base: Tensor, route: Route, shared: bool) -> Tensor:
         """base plus the update; ``shared``: by the route that all layers share."""
         stack, site = self.lora_stack, self.lora_site
+        plan = site.routing.plan(site.name, x, route, stack) if shared else None
+        impl = "auto" if site is None else site.routing.options.impl
+        basis = getattr(self, "lora_basis", None)
+        if basis is not None:
+            bases, diagonal = (basis.basis_a, basis.basis_b), site.routing.subspace.diagonal
+            return add_in_basis(x, base, *bases, stack, route, diagonal, plan, impl)
         return mixture_lora(
             x,
             *stack.factors(),
@@ -70,10 +79,10 @@ class MixtureLayer:
             scale=stack.scale,
             ranks=stack.slot_ranks,
             row_mixture=route.row_mixture,
-            plan=site.routing.plan(site.name, x, route, stack) if shared else None,
+            plan=plan,
             max_rank=stack.max_rank,
             base=base,
-            impl="auto" if site is None else site.routing.options.impl,
+            impl=impl,
         )
 
 
@@ -101,6 +110,11 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
 
     def _add_update(self, x: Tensor, base: Tensor, route: Route, shared: bool) -> Tensor:
         stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
+        basis = getattr(self, "lora_basis", None)
+        if basis is not None:
+            routing = self.lora_site.routing
+            options = (routing.subspace.diagonal, None, routing.options.impl)
+            return add_of_tokens(x, base, basis, stack, route, *options)
         ids, weights, row_mixture = route[:3]
         contract.check_route(rows, ids, weights, row_mixture, len(stack))
         args = (stack.row_start, None, ids, weights, stack.scale, row_mixture, rows)

@@ -38,17 +38,25 @@ class Plans:
         self._made: dict[tuple, tuple[plans.MixturePlan, Route]] = {}
 
     def of(
-        self, name: str, x: Tensor, route: Route, origin: Route, stack: AdapterStack
+        self,
+        name: str,
+        x: Tensor,
+        route: Route,
+        origin: Route,
+        stack: AdapterStack,
+        in_basis: bool = False,
     ) -> plans.MixturePlan | None:
         """The plan of module ``name`` for its input x; None where the kernel needs none.
 
-        ``route`` lies on x's device, ``origin`` is what it was moved from.
+        ``route`` lies on x's device, ``origin`` is what it was moved from. ``in_basis``: the call
+        is subspace_lora's, which has no kernel without a plan.
         """
         if name in self._served:
             self._served.clear()
             self._made.clear()
         self._served.add(name)
-        if not torch.is_grad_enabled() and _is_one_launch(x, route, stack):
+        one_launch = not in_basis and not torch.is_grad_enabled()
+        if one_launch and _is_one_launch(x, route, stack):
             return None
         key = (x.shape[:-1].numel(), *_place(x), *_stamp(origin))
         if key not in self._made:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid, shape
+from lora_fused.methods.subspace import Subspace
 from lora_fused.mixture import Route
 from lora_fused.nn.plans import Plans, takes_plan
 from lora_fused.ops.mixture_lora.plan import MixturePlan
@@ -72,6 +73,7 @@ class Routing:
         stacks: module name -> the AdapterStack that its layer holds.
         names: of all attached modules.
         saved: the adapters' saved tensors that were looked at; none if they are ignored.
+        subspace: whose cores the bank is; None: the bank is of adapters.
         position: module name -> its index in ``bank.modules``, the order of per-module weights.
     """
 
@@ -82,9 +84,10 @@ class Routing:
         names: tuple[str, ...],
         options: Options,
         saved: list[Saved],
+        subspace: Subspace | None = None,
     ):
         self.bank, self.stacks, self.names = bank, stacks, names
-        self.options, self.saved = options, saved
+        self.options, self.saved, self.subspace = options, saved, subspace
         self.position = {name: i for i, name in enumerate(bank.modules)}
         self.attached = True
         _HOLDERS.update({id(stack): self for stack in stacks.values()})
@@ -100,7 +103,8 @@ class Routing:
 
     def __reduce__(self):
         # deepcopy and pickle take the bank along and leave the mixture in force behind.
-        return Routing, (self.bank, self.stacks, self.names, self.options, self.saved)
+        parts = (self.bank, self.stacks, self.names, self.options, self.saved, self.subspace)
+        return Routing, parts
 
     def current(self, name: str, x: Tensor) -> Route:
         """The route of one module, on the device of its input."""
@@ -118,12 +122,12 @@ class Routing:
         """The plan of one module's call under ``current``'s route; None: the op wants none."""
         if not takes_plan(x, self.options.impl):
             return None
-        active = self.active
+        active, origin = self.active, route
         if active.router is None:
-            return self._plans.of(name, x, route, active.route, stack)
-        if route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
+            origin = active.route
+        elif route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
             return None
-        return self._plans.of(name, x, route, route, stack)
+        return self._plans.of(name, x, route, origin, stack, self.subspace is not None)
 
     def enter(self, active: Active) -> None:
         """Put a mixture in force; a nested one overrides it until it is left."""

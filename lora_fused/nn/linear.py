@@ -68,7 +68,7 @@ class MixtureLayer:
         impl = "auto" if site is None else site.routing.options.impl
         basis = getattr(self, "lora_basis", None)
         if basis is not None:
-            bases, diagonal = (basis.basis_a, basis.basis_b), site.routing.subspace.diagonal
+            bases, diagonal = (basis.basis_a, basis.basis_b), site.routing.diagonal(site.name)
             return add_in_basis(x, base, *bases, stack, route, diagonal, plan, impl)
         return mixture_lora(
             x,
@@ -112,8 +112,8 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
         stack, rows = self.lora_stack, base.reshape(-1, base.shape[-1])
         basis = getattr(self, "lora_basis", None)
         if basis is not None:
-            routing = self.lora_site.routing
-            options = (routing.subspace.diagonal, None, routing.options.impl)
+            name, routing = self.lora_site
+            options = (routing.diagonal(name), None, routing.options.impl)
             return add_of_tokens(x, base, basis, stack, route, *options)
         ids, weights, row_mixture = route[:3]
         contract.check_route(rows, ids, weights, row_mixture, len(stack))

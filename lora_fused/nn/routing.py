@@ -15,6 +15,7 @@ from lora_fused.checks import invalid, shape
 from lora_fused.methods.subspace import Subspace
 from lora_fused.mixture import Route
 from lora_fused.nn.plans import Plans, takes_plan
+from lora_fused.nn.subspace import Diagonals
 from lora_fused.ops.mixture_lora.plan import MixturePlan
 
 # Modules with a fast path that reads their children's weights past the children's forward.
@@ -95,6 +96,7 @@ class Routing:
         weights = torch.zeros(1, 1, device=bank.device)
         self._none = Route(ids, weights, None, "sample", bank.version)
         self.active, self._plans = self._idle(), Plans()
+        self._diagonals = Diagonals()
         self._open: list[Active] = []
         self._seen: list = []  # sources of forwards that a backward pass may yet recompute
         self._recomputed = False
@@ -128,6 +130,11 @@ class Routing:
         elif route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
             return None
         return self._plans.of(name, x, route, origin, stack, self.subspace is not None)
+
+    def diagonal(self, name: str) -> Tensor | None:
+        """A module's diagonal cores; None where the cores are pairs."""
+        is_diagonal = self.subspace is not None and self.subspace.diagonal
+        return self._diagonals.of(name, self.stacks[name]) if is_diagonal else None
 
     def enter(self, active: Active) -> None:
         """Put a mixture in force; a nested one overrides it until it is left."""

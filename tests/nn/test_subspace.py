@@ -12,6 +12,7 @@ from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture, attach, handl
 from lora_fused.methods.eigenlorax import METHODS, fit_subspace
 from lora_fused.methods.subspace import Subspace
 from lora_fused.mixture import Route
+from lora_fused.nn import subspace as nn_subspace
 from lora_fused.nn.plans import Plans
 from lora_fused.testing import assert_within_budget, error
 
@@ -231,6 +232,33 @@ def test_a_new_task_trains_while_attached_and_nothing_else_moves(method):
         old, new = frozen.cores.adapter(name), subspace.cores.adapter(name)
         assert all(torch.equal(old.modules[m].lora_a, new.modules[m].lora_a) for m in old.modules)
     assert torch.equal(frozen.bases["up"].basis_a, subspace.bases["up"].basis_a)
+
+
+def test_diagonal_cores_are_formed_once_and_never_stale(monkeypatch):
+    model, subspace = Net(), make("jd_diag")
+    handle, made, form = attach(model, subspace), [], nn_subspace.diagonals
+    monkeypatch.setattr(nn_subspace, "diagonals", lambda stack: made.append(1) or form(stack))
+
+    def forms(mixture="a") -> int:
+        made.clear()
+        check(subspace, model, lambda handle: handle.mix(mixture))
+        return len(made)
+
+    with torch.inference_mode():
+        run(model, handle, "a")
+    assert len(made) == 3 and forms() == 0
+    values = torch.ones(1, requires_grad=True)
+    with handle.mix(Mixture.of(["a"], values=values)):
+        model(tokens()).sum().backward()  # through what inference mode had made
+    subspace.cores.stacks["up"].lora_a.mul_(1.5)
+    assert forms() == 1
+    subspace.add(adapter("late", 9, 2, ("up",)))
+    assert forms({"late": 1.0}) == 3
+    (first, *_) = subspace.cores.trainable(["b"])
+    first.data.add_(1.0)
+    assert forms("b") == 3
+    subspace.cores.freeze()
+    assert forms("b") == 3 and forms("b") == 0
 
 
 def test_saved_heads_run_as_with_a_bank():

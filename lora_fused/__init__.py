@@ -1,7 +1,14 @@
 """Run and mix many LoRA adapters on one frozen model."""
 
 from lora_fused.adapters import BASE, Adapter, AdapterBank, AdapterStack, LoraFactors
-from lora_fused.io import load_adapters, read_adapter, save_adapters, write_adapter
+from lora_fused.io import (
+    load_adapters,
+    load_subspace,
+    read_adapter,
+    save_adapters,
+    save_subspace,
+    write_adapter,
+)
 from lora_fused.mixture import Mixture
 from lora_fused.new import new_adapter
 from lora_fused.nn import attach, handle_of
@@ -17,8 +24,10 @@ __all__ = [
     "attach",
     "handle_of",
     "load_adapters",
+    "load_subspace",
     "new_adapter",
     "read_adapter",
     "save_adapters",
+    "save_subspace",
     "write_adapter",
 ]

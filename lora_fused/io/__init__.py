@@ -4,5 +4,14 @@ from lora_fused.io.find import find_adapters
 from lora_fused.io.load import load_adapters
 from lora_fused.io.peft import read_adapter, write_adapter
 from lora_fused.io.save import save_adapters
+from lora_fused.io.subspace import load_subspace, save_subspace
 
-__all__ = ["find_adapters", "load_adapters", "read_adapter", "save_adapters", "write_adapter"]
+__all__ = [
+    "find_adapters",
+    "load_adapters",
+    "load_subspace",
+    "read_adapter",
+    "save_adapters",
+    "save_subspace",
+    "write_adapter",
+]

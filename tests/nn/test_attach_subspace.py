@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from support.models import SIZES, Net, adapter, row_by_row, tokens
+from support.models import SIZES, Net, adapter, row_by_row, tiny_gpt2, tokens
 from torch import Tensor
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture, attach, handle_of
@@ -106,6 +106,25 @@ def test_every_kind_of_mixture(method, impl):
         return torch.tensor([[len(name) % 4, 0]]), torch.tensor([[0.5, -1.0]])
 
     check(subspace, model, lambda handle: handle.route(fn))
+
+
+def test_a_conv1d_and_a_batch_in_bfloat16():
+    pytest.importorskip("transformers")
+    name, x = "transformer.h.0.attn.c_attn", torch.arange(12).reshape(3, 4)
+    generator, bank = torch.Generator().manual_seed(2), AdapterBank()
+    for one in "ab":
+        factors = (torch.randn(2, n, generator=generator) / 4 for n in (32, 96))
+        bank.add(Adapter(one, {name: LoraFactors(*factors, 2.0)}))
+    subspace, outs = fit_subspace(bank, rank=3, progress=False), []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = tiny_gpt2().to(dtype)
+        with attach(model, bank_of(subspace, dtype)).mix(["a", None, {"b": -1.0}]):
+            outs.append(model(x).logits.detach())
+    model = tiny_gpt2().bfloat16()
+    with attach(model, subspace).mix(["a", None, {"b": -1.0}]):
+        ours = model(x).logits.detach()
+    assert_within_budget(ours, *outs)
+    assert error(tiny_gpt2().bfloat16()(x).logits, outs[1]) > 5 * error(ours, outs[1])
 
 
 @FORMS

@@ -18,13 +18,13 @@ ORDER = (
     "ops",
     "adapters",
     "mixture",
+    "report",
     "methods",
     "io",
     "library",
     "nn",
     "new",
     "serving",
-    "report",
     "cli",
 )
 ASIDE = {"testing": ("checks", "ops", "adapters", "mixture")}  # for tests and benchmarks only
@@ -95,7 +95,7 @@ def top_level(tree: ast.Module) -> set[str]:
 def test_only_torch_and_safetensors_at_the_top(path):
     """The command line may need typer and rich, a Triton module triton; nothing else may."""
     extra = {"triton"} if "triton_impl" in str(path) else set()
-    extra |= {"typer", "rich"} if part_of(path) in ("cli", "report") else set()
+    extra |= {"typer", "rich"} if part_of(path) == "cli" else set()
     known = {"torch", "safetensors", "lora_fused", *sys.stdlib_module_names, *extra}
     assert top_level(ast.parse(path.read_text())) <= known
 

@@ -8,7 +8,8 @@ import typer
 
 from lora_fused.adapters import Adapter
 from lora_fused.cli.console import Reporter, expand, print_json, stdout, table
-from lora_fused.cli.facts import Facts, facts_of, inert, shared_initialisations
+from lora_fused.cli.facts import Facts, facts_of, inert
+from lora_fused.methods.initialisations import shared_initialisations
 
 Paths = Annotated[
     list[str],

@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from lora_fused import __version__
-from lora_fused.cli import adapters, demo, info
+from lora_fused.cli import adapters, demo, info, subspace
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 
@@ -80,3 +80,4 @@ app.command()(info.info)
 app.command()(adapters.inspect)
 app.command()(adapters.validate)
 app.command()(demo.demo)
+app.add_typer(subspace.app, name="subspace")

@@ -7,13 +7,9 @@ import pytest
 import torch
 
 from lora_fused import Adapter, LoraFactors
-from lora_fused.cli.facts import (
-    effective_rank,
-    facts_of,
-    shared_initialisations,
-    singular_values,
-)
+from lora_fused.cli.facts import effective_rank, facts_of, singular_values
 from lora_fused.io import read_adapter
+from lora_fused.methods.initialisations import shared_initialisations
 from lora_fused.testing import assert_within_budget
 
 

@@ -1,0 +1,292 @@
+"""``lora-fused subspace``: one basis for many adapters, from PEFT folders and back to them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_fused.adapters import AdapterBank
+from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
+from lora_fused.cli.console import Reporter, print_json, stdout, table
+
+app = typer.Typer(no_args_is_help=True, help="Fit, use and judge one basis for many adapters.")
+
+Folder = Annotated[str, typer.Argument(metavar="SUBSPACE", help="A folder that fit has written.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
+]
+
+
+@app.command()
+def fit(
+    paths: Paths,
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write.")],
+    rank: Annotated[int | None, typer.Option(help="Directions P of either side.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="In place of --rank: share to keep, 0 to 1.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="eigenlorax, hosvd, hooi or jd_diag.")] = "eigenlorax",
+    weighting: Annotated[
+        str, typer.Option(help="What an adapter weighs: updates, equal or factors.")
+    ] = "updates",
+    drop_mean: Annotated[bool, typer.Option("--drop-mean", help="As the paper's code.")] = False,
+    augment: Annotated[int, typer.Option(help="Random directions behind the principal.")] = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    any_base: AnyBase = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit one basis per layer to adapters, and write it with every adapter's core."""
+    from lora_fused.io import save_subspace
+    from lora_fused.methods import fit_subspace
+
+    reporter = Reporter(quiet)
+    bank = _load(paths, reporter, allow_pickle, any_base)
+    with reporter.task(f"fitting {len(bank.modules)} modules", len(bank.modules)) as advance:
+        subspace = fit_subspace(
+            bank,
+            rank=rank,
+            energy=energy,
+            method=method,
+            weighting=weighting,
+            keep_mean=not drop_mean,
+            augment=augment,
+            seed=seed,
+            progress=lambda *_: advance(1),
+        )
+    path = save_subspace(subspace, output, overwrite_ok=overwrite)
+    errors = subspace.errors(bank)
+    facts = {"path": str(path), **_facts(subspace), "error": errors.overall}
+    _tell(facts, {"adapter": "error"}, errors.adapters, as_json, "errors")
+    if not as_json:
+        _say("An error of adapters in the fit says little: see lora-fused subspace report.")
+
+
+@app.command()
+def info(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what a subspace holds: options, sizes, adapters."""
+    from lora_fused.io import load_subspace
+
+    subspace = load_subspace(folder)
+    ranks = {name: _ranks(subspace, name) for name in subspace.names}
+    facts = {"path": folder, **_facts(subspace)}
+    _tell(facts, {"adapter": "rank of its core"}, ranks, as_json, "ranks")
+
+
+@app.command()
+def project(
+    folder: Folder,
+    paths: Paths,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Write a subspace with these cores, too.")
+    ] = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how much of other adapters a basis holds; it stays as it is."""
+    from lora_fused.io import load_subspace, save_subspace
+
+    subspace, reporter = load_subspace(folder), Reporter(quiet)
+    bank = _load(paths, reporter, allow_pickle, any_base=False)
+    adapters, errors = [bank.adapter(name) for name in bank.names], {}
+    with reporter.task(f"projecting {len(adapters)} adapters", len(adapters)) as advance:
+        for adapter in adapters:
+            errors[adapter.name] = subspace.distance(adapter)
+            advance(1)
+    facts: dict = {"path": folder}
+    if output is not None:
+        subspace.cores.add_many([subspace.project(adapter) for adapter in adapters])
+        facts["written"] = str(save_subspace(subspace, output, overwrite_ok=overwrite))
+    _tell(facts, {"adapter": "error"}, errors, as_json, "errors")
+
+
+@app.command()
+def reconstruct(
+    folder: Folder,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the results; default: the cores'.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write adapters of a subspace (default: all) as PEFT folders again; alpha is kept."""
+    from lora_fused.io import load_subspace, save_adapters
+
+    subspace, bank = load_subspace(folder), AdapterBank()
+    names = names or subspace.names
+    with Reporter(quiet).task(f"reconstructing {len(names)} adapters", len(names)) as advance:
+        for name in names:
+            bank.add(subspace.reconstruct(name, rank=rank))
+            advance(1)
+        written = save_adapters(bank, output, overwrite_ok=overwrite)
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+        return
+    for path in written:
+        _say(str(path))
+
+
+@app.command()
+def add(
+    folder: Folder,
+    paths: Paths,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Default: the subspace is replaced.")
+    ] = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add adapters and adapt the basis to them; the old ones need not be there."""
+    from lora_fused.io import load_subspace, save_subspace
+
+    subspace, reporter = load_subspace(folder), Reporter(quiet)
+    bank = _load(paths, reporter, allow_pickle, any_base=False)
+    with reporter.task(f"adding {len(bank)} adapters", 1) as advance:
+        subspace.add_many([bank.adapter(name) for name in bank.names])
+        advance(1)
+    replaced = output is None
+    path = save_subspace(subspace, output or folder, overwrite_ok=overwrite or replaced)
+    errors = subspace.errors(bank)
+    facts = {"path": str(path), **_facts(subspace), "error_of_the_added": errors.overall}
+    _tell(facts, {"adapter": "error"}, errors.adapters, as_json, "errors")
+
+
+@app.command()
+def report(
+    folder: Folder,
+    paths: Paths,
+    html: Annotated[str | None, typer.Option(help="Write one HTML page with plots.")] = None,
+    null_draws: Annotated[int, typer.Option(help="Draws of adapters that share nothing.")] = 3,
+    seed: Seed = 0,
+    any_base: AnyBase = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether adapters share a subspace: left out of the fit, and against a null."""
+    from lora_fused.io import load_subspace
+    from lora_fused.methods.subspace_report import subspace_report
+
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise FileNotFoundError(f"report: no such folder: {Path(html).absolute().parent}")
+    subspace, reporter = load_subspace(folder), Reporter(quiet)
+    bank = _load(paths, reporter, allow_pickle, any_base)
+    steps = (1 + max(null_draws, 0)) * (len(subspace) + 1)
+    with reporter.task("fitting, each adapter left out in turn", steps) as advance:
+        made = subspace_report(
+            subspace, bank, null_draws=null_draws, seed=seed, progress=lambda *_: advance(1)
+        )
+    if html is not None:
+        made.save_html(html)
+    if as_json:
+        print_json(made.to_dict())
+        return
+    _say(str(made))
+    if html is not None:
+        _say(f"\nplots and tables: {html}")
+
+
+@app.command()
+def bench(
+    folder: Folder,
+    rows: Annotated[int, typer.Option(min=1, help="Of the batch.")] = 64,
+    per_row: Annotated[int, typer.Option(min=1, help="Adapters in each row's mixture.")] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="How many times each is timed.")] = 20,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare serving in the basis with the uncompressed adapters: bytes, and time on this CPU."""
+    from lora_fused.cli.subspace_bench import compare
+    from lora_fused.io import load_subspace
+
+    found = compare(load_subspace(folder), rows, per_row, repeat, seed)
+    if as_json:
+        print_json(found)
+        return
+    title = f"One layer, {rows} rows, {found['per_row']} of {found['adapters']} adapters each"
+    cells = [
+        [what, *(_short(found[key][side]) for side in ("adapters", "subspace", "ratio"))]
+        for what, key in (
+            ("bytes stored, all layers", "stored_bytes"),
+            ("bytes read by the batch", "read_bytes"),
+            ("milliseconds", "milliseconds"),
+        )
+    ]
+    columns = {"what": "left", "adapters": "right", "subspace": "right", "ratio": "right"}
+    stdout().print(table(title, columns, cells))
+    _say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
+
+
+def _load(paths: list[str], reporter: Reporter, allow_pickle: bool, any_base: bool) -> AdapterBank:
+    from lora_fused.io import load_adapters
+    from lora_fused.io.find import expand
+
+    found = expand(paths)
+    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+        return load_adapters(
+            found,
+            allow_pickle=allow_pickle,
+            any_base=any_base,
+            on_progress=lambda *_: advance(1),
+        )
+
+
+def _facts(subspace) -> dict:
+    from lora_fused.cli.subspace_bench import stored
+
+    options, sizes = subspace.options, stored(subspace)
+    sides = [len(side) for basis in subspace.bases.values() for side in (basis.a, basis.b)]
+    return {
+        "adapters": len(subspace),
+        "modules": len(subspace.modules),
+        "method": options.method,
+        "directions": [min(sides), max(sides)],
+        "mean_kept": options.method == "eigenlorax" and options.center and options.keep_mean,
+        "random_directions": options.augment,
+        "numbers": sizes["subspace"],
+        "numbers_uncompressed": sizes["adapters"],
+    }
+
+
+def _ranks(subspace, name: str) -> str:
+    ranks = {part.lora_a.shape[0] for part in subspace.cores.adapter(name).modules.values()}
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _tell(facts: dict, columns: dict, values: dict, as_json: bool, key: str) -> None:
+    """The facts, then a table of one value per adapter."""
+    if as_json:
+        print_json({**facts, key: values})
+        return
+    for name, fact in facts.items():
+        _say(f"{name.replace('_', ' ')}: {_plain(fact)}")
+    ((first, second),) = columns.items()
+    cells = [[name, _plain(value)] for name, value in values.items()]
+    stdout().print(table("", {first: "left", second: "right"}, cells))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " to ".join(map(str, dict.fromkeys(value)))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _say(text: str) -> None:
+    stdout().print(text, markup=False, soft_wrap=True)

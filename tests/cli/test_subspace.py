@@ -1,0 +1,144 @@
+"""lora-fused subspace: every verb on small PEFT folders, and its one-line errors."""
+
+import json
+
+import pytest
+import torch
+
+from lora_fused import load_subspace, read_adapter
+from lora_fused.cli.subspace_bench import stored
+
+FIT = ("--rank", 4, "--method", "hosvd", "-q")
+
+
+@pytest.fixture
+def folders(make_adapter):
+    return [
+        make_adapter(f"in/{name}", seed) for seed, name in enumerate(("mr", "cr", "sst", "wnli"))
+    ]
+
+
+@pytest.fixture
+def fitted(run, folders, tmp_path):
+    done = run("subspace", "fit", *folders, "-o", tmp_path / "S", *FIT)
+    assert done.exit_code == 0, done.output
+    return tmp_path / "S"
+
+
+def said(done) -> dict:
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def fault(done, *words: str) -> None:
+    assert done.exit_code == 1 and done.stdout == "", done.output
+    line = [line for line in done.stderr.splitlines() if line.startswith("lora-fused:")]
+    assert len(line) == 1 and all(word in line[0] for word in words), done.stderr
+
+
+def test_fit_writes_what_info_shows(run, folders, tmp_path):
+    options = ("-o", tmp_path / "S", "--rank", 4, "--augment", 1, "--seed", 3, "--drop-mean")
+    done = run("subspace", "fit", *folders, *options)
+    assert done.exit_code == 0 and "fitting 2 modules" in done.stderr
+    assert "random directions: 1" in done.stdout and "says little" in done.stdout
+    subspace = load_subspace(tmp_path / "S")
+    assert subspace.options.seed == 3 and not subspace.options.keep_mean
+    facts = said(run("subspace", "info", tmp_path / "S", "--json"))
+    assert facts["adapters"] == 4 and facts["modules"] == 2 and facts["method"] == "eigenlorax"
+    assert facts["directions"] == [5, 5] and not facts["mean_kept"]
+    assert facts["ranks"] == {"mr": "2", "cr": "2", "sst": "2", "wnli": "2"}
+    assert facts["numbers_uncompressed"] == 4 * 2 * (8 + 12 + 12 + 6)
+    assert facts["numbers"] == 5 * (8 + 12 + 12 + 6) + 4 * 2 * 2 * (5 + 5)
+    assert "rank of its core" in run("subspace", "info", tmp_path / "S").stdout
+
+
+def test_fit_tells_the_errors(run, folders, tmp_path):
+    found = {}
+    for rank in (2, 6):
+        path = tmp_path / f"S{rank}"
+        done = run("subspace", "fit", *folders, "-o", path, "--rank", rank, "--json", "-q")
+        found[rank] = said(done)
+    assert found[6]["error"] < found[2]["error"] and set(found[2]["errors"]) == {
+        "mr", "cr", "sst", "wnli"
+    }  # fmt: skip
+    by_energy = ("--energy", 0.9, "--method", "hosvd", "--json", "-q")
+    done = said(run("subspace", "fit", *folders, "-o", tmp_path / "E", *by_energy))
+    assert done["error"] ** 2 <= 0.1 + 1e-6
+
+
+def test_reconstruct_writes_peft_folders(run, fitted, tmp_path):
+    done = run("subspace", "reconstruct", fitted, "mr", "cr", "-o", tmp_path / "out", "-q")
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 2
+    subspace = load_subspace(fitted)
+    for name in ("mr", "cr"):
+        back, truth = read_adapter(tmp_path / "out" / name), subspace.reconstruct(name)
+        assert back.metadata["config"]["lora_alpha"] == 4
+        for module, part in truth.modules.items():
+            assert torch.equal(back.modules[module].lora_a, part.lora_a)
+    everything = run(
+        "subspace", "reconstruct", fitted, "-o", tmp_path / "all", "--rank", 1, "--json"
+    )
+    assert len(said(everything)["written"]) == 4
+    assert len(read_adapter(tmp_path / "all" / "mr").modules["layer.0.query"].lora_a) == 1
+
+
+def test_project_and_add(run, fitted, folders, make_adapter, tmp_path):
+    other = make_adapter("qnli", 9)
+    known = said(run("subspace", "project", fitted, folders[0], "--json"))["errors"]["mr"]
+    found = said(run("subspace", "project", fitted, other, "-o", tmp_path / "P", "--json"))
+    assert 0 < known < found["errors"]["qnli"] < 1
+    before, projected = load_subspace(fitted), load_subspace(tmp_path / "P")
+    assert projected.names == [*before.names, "qnli"] and "qnli" not in before
+    assert projected.bases["layer.0.query"].basis_a.equal(before.bases["layer.0.query"].basis_a)
+    added = said(run("subspace", "add", fitted, other, "-o", tmp_path / "A", "--json"))
+    assert added["errors"]["qnli"] < found["errors"]["qnli"] and "qnli" not in load_subspace(fitted)
+    assert run("subspace", "add", fitted, other, "-q").exit_code == 0
+    assert load_subspace(fitted).names == load_subspace(tmp_path / "A").names
+
+
+def test_report_says_that_random_adapters_share_nothing(run, fitted, folders, tmp_path):
+    page = tmp_path / "report.html"
+    args = ("--html", page, "--null-draws", 2, "--seed", 1)
+    done = run("subspace", "report", fitted, *folders, *args)
+    assert done.exit_code == 0 and "Subspace not shared: " in done.stdout
+    assert "each adapter left out in turn" in done.stderr and str(page) in done.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    found = said(run("subspace", "report", fitted, *folders, "--null-draws", 2, "--json", "-q"))
+    assert found["verdict"]["label"] == "not shared" and len(found["null_held_out"]) == 2
+
+
+@pytest.mark.parametrize("method", ["hosvd", "jd_diag"])
+def test_bench_counts_bytes(run, folders, tmp_path, method):
+    options = ("--rank", 2, "--method", method, "-q", "-o", tmp_path / "S")
+    assert run("subspace", "fit", *folders, *options).exit_code == 0
+    small = ("--rows", 4, "--per-row", 9, "--repeat", 2)
+    found = said(run("subspace", "bench", tmp_path / "S", *small, "--json"))
+    per_core = 2 if method == "jd_diag" else 2 * (2 + 2)
+    assert found["per_row"] == found["adapters"] == 4 and found["module"] == "layer.0.query"
+    assert found["read_bytes"]["adapters"] == 4 * 4 * 2 * (8 + 12)
+    assert found["read_bytes"]["subspace"] == 4 * (2 * (8 + 12) + 4 * per_core)
+    numbers = stored(load_subspace(tmp_path / "S"))
+    assert found["stored_bytes"]["subspace"] == 4 * numbers["subspace"]
+    assert numbers == {"adapters": 304, "subspace": 2 * 38 + 2 * 4 * per_core}
+    assert found["milliseconds"]["ratio"] > 0
+    table = run("subspace", "bench", tmp_path / "S", *small)
+    assert table.exit_code == 0 and "bytes read by the batch" in table.stdout
+
+
+def test_errors_are_one_line(run, fitted, folders, tmp_path):
+    new = ("-o", tmp_path / "new", "-q")
+    fault(run("subspace", "fit", *folders, *new), "rank and energy must be given one of the two")
+    fault(run("subspace", "fit", tmp_path / "none", "--rank", 2, *new), "no such file or folder")
+    fault(run("subspace", "fit", *folders, "-o", fitted, *FIT), str(fitted))
+    assert run("subspace", "fit", *folders, "-o", fitted, "--overwrite", *FIT).exit_code == 0
+    fault(run("subspace", "info", tmp_path / "none"), "no such folder")
+    fault(run("subspace", "add", fitted, folders[0], "-q"), "'mr'")
+    fault(run("subspace", "reconstruct", fitted, "mrr", *new), "close: 'mr'")
+    page = ("--html", tmp_path / "absent" / "r.html", "-q")
+    fault(run("subspace", "report", fitted, *folders, *page), "no such folder", "absent")
+    fault(
+        run("subspace", "report", fitted, folders[0], "-q"), "at least two adapters", "got 1 of 4"
+    )
+    usage = run("subspace", "fit", *folders)
+    assert usage.exit_code == 2 and "--output" in usage.stderr
+    assert "Commands" in run("subspace").output

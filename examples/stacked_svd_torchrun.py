@@ -46,20 +46,22 @@ def main() -> int:
         here, ranks = dist.get_rank(), dist.get_world_size()
         mine = rows_of(here, ranks)
         found = stacked_svd(mine, rank=rank_asked, group=dist.group.WORLD)
-        print(f"rank {here} of {ranks}: rows {len(mine)}, u {list(found.u.shape)}", flush=True)
         parts = [None] * ranks
         dist.all_gather_object(parts, found.u)
-        return _compare(found._replace(u=torch.cat(parts)), ranks) if here == 0 else 0
+        return _compare(found, parts) if here == 0 else 0
     finally:
         dist.destroy_process_group()
 
 
-def _compare(found: StackedSvd, ranks: int) -> int:
+def _compare(found: StackedSvd, parts: list[torch.Tensor]) -> int:
+    """Print the result of all ranks beside that of one process; 0 where they are equal."""
+    ranks = len(parts)
+    for rank, part in enumerate(parts):
+        print(f"rank {rank} of {ranks} held {len(part)} rows and found u {list(part.shape)}")
     m = torch.cat([rows_of(rank, ranks) for rank in range(ranks)])
     alone = stacked_svd(m, rank=len(found.s), method=found.method)
-    true_error = float(
-        (m.double() - (found.u.double() * found.s.double()) @ found.vh.double()).norm()
-    )
+    u, s, vh = (t.double() for t in (torch.cat(parts), found.s, found.vh))
+    true_error = float((m.double() - (u * s) @ vh).norm())
     share = float(found.energy.sum())
     print(f"method {found.method}: {len(found.s)} components hold {share:.2%} of ||M||^2")
     print(f"error {true_error:.6g}, certified to be at most {float(found.residual):.6g}")

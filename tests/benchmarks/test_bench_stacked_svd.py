@@ -119,9 +119,10 @@ def test_an_error_of_ours_is_not_a_refusal():
 def test_the_meter_sees_what_is_allocated():
     size = 64 << 20
     assert memory.extra(lambda: None) < size / 16
-    assert size <= memory.extra(lambda: torch.ones(size // 4)) < size * 1.1
+    kept = memory.extra(lambda: torch.ones(size // 4))
+    assert size * 0.9 < kept < size * 1.1
     freed = memory.extra(lambda: float(torch.ones(size // 4).sum()))
-    assert size <= freed < size * 1.1, "a peak, also of what is gone at the end"
+    assert size * 0.9 < freed < size * 1.1, "a peak, also of what is gone at the end"
 
 
 @pytest.mark.skipif(bool(memory.missing()), reason=memory.missing())
@@ -129,7 +130,7 @@ def test_memory_is_measured_in_a_process_of_its_own():
     case = replace(CASE, N=6000, I=2000)
     setting = {"oversampling": 10, "niter": 1}
     copied = bench.peak(replace(case, dtype="bfloat16"), "svd_lowrank_f32copy", setting)
-    assert copied >= 4 * case.N * case.I
+    assert copied > 0.9 * 4 * case.N * case.I
     assert bench.peak(case, "randomized", {"power_iterations": 1}) < case.N * case.I
 
 
@@ -187,4 +188,4 @@ def test_the_example_runs_under_torchrun():
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert "rank 0 of 2: rows 2000, u [2000, 8]" in said and said[-1] == "equal"
+    assert "rank 1 of 2 held 2000 rows and found u [2000, 8]" in said and said[-1] == "equal"

@@ -4,9 +4,9 @@
 
 excess = ||M - u diag(s) vh|| / ||M - M_R|| - 1, M_R the best of rank R (float64). Each contender is
 timed at the fastest setting of its own knobs whose excess is at most 0.35 % (the worst member's of
-a batch, 56 of 448 judged); the rows name it. On a flat spectrum any R directions have a small excess: "held" is what
-they capture, sum ||M v_j||^2, relative to the R best, and "weakest" the least of
-||M v_j||^2 / sigma_j^2.
+a batch, 56 of 448 judged); the rows name it. On a flat spectrum any R directions have a small
+excess: "held" is what they capture, sum ||M v_j||^2, relative to the R best, and "weakest" the
+least of ||M v_j||^2 / sigma_j^2.
 
 In the rows N is the rows T of a stack, K the stacks of a batch, R the rank (0: asked by energy),
 max_error the excess. Works "chunks" and "energy" have ours alone: max_error is there the distance
@@ -190,9 +190,9 @@ def race(case: Case, x: Tensor, options) -> list[Result]:
     oversampling = (10,) if options.quick or x.dim() == 3 else (10, 32, 64)
     results, runs = [], []
     for contender in svd.contenders(x.dim() == 3, case.dtype, oversampling):
-        if contender.name in FULL_SVD and x.numel() >= FULL_SIZE:
-            if contender.name != "linalg_svd" or case not in (LARGE, MODEL):
-                contender = replace(contender, missing="a full SVD: see linalg_svd on decaying")
+        raced = contender.name == "linalg_svd" and case in (LARGE, MODEL)
+        if contender.name in FULL_SVD and x.numel() >= FULL_SIZE and not raced:
+            contender = replace(contender, missing="a full SVD: see linalg_svd on decaying")
         result, setting = settle(contender, problem, now)
         results.append(result)
         if setting is None:

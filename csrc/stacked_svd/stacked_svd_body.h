@@ -18,16 +18,19 @@ template <int R, int V, int64_t A>
 static inline void add_tile(const float* a, int64_t a_step, const float* b, int64_t b_step,
                             int64_t depth, float* out, int64_t out_stride) {
   Vec acc[R][V];
+#pragma GCC unroll 24
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec::zero();
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
     Vec bv[V];
     for (int v = 0; v < V; ++v) bv[v] = Vec::load(b + v * Vec::width);
+#pragma GCC unroll 24
     for (int i = 0; i < R; ++i) {
       const Vec av = Vec::set(a[i * A]);
       for (int v = 0; v < V; ++v) acc[i][v].fma(av, bv[v]);
     }
   }
+#pragma GCC unroll 24
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) {
       float* const to = out + i * out_stride + v * Vec::width;
@@ -71,24 +74,17 @@ static void load(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, 
   if (block.dtype == Dtype::f16) load_rows<f16>(block, r0, n_rows, c0, n, m);
 }
 
-// Rows [c0, c0 + n) of the basis, each padded to its stride.
-static void load_basis(const Basis& basis, int64_t c0, int64_t n, float* out) {
-  const int64_t stride = basis.stride();
-  for (int64_t k = 0; k < n; ++k, out += stride) {
-    if (basis.data) {
-      const float* const row = basis.data + (c0 + k) * basis.width;
-      __builtin_memcpy(out, row, basis.width * sizeof(float));
-      continue;
-    }
-    const uint32_t* const words = basis.words + (c0 + k) * basis.words_per_column;
-    for (int64_t q = 0; q < stride; q += 16) {
-      const uint32_t bits = words[q / 32] >> (q % 32);
-      for (uint32_t j = 0; j < 16; ++j) {
-        const uint32_t one = 0x3f800000u | ((bits >> j) << 31);
-        __builtin_memcpy(out + q + j, &one, 4);
-      }
-    }
+// `n` rows of the basis as vectors: in place where they are whole vectors, else copied to `panel`.
+static const float* load_basis(const Basis& basis, int64_t c0, int64_t n, float* panel) {
+  const float* row = basis.data + c0 * basis.stride;
+  const int64_t stride = padded(basis.width);
+  if (basis.stride == stride) return row;
+  for (int64_t k = 0; k < n; ++k, row += basis.stride) {
+    int64_t q = 0;
+    for (; q + Vec::width <= basis.width; q += Vec::width) Vec::load(row + q).store(panel + k * stride + q);
+    for (; q < basis.width; ++q) panel[k * stride + q] = row[q];
   }
+  return panel;
 }
 
 // V vectors of columns of y, all rows of a tile.
@@ -101,13 +97,13 @@ static inline void add_columns(const float* m, int64_t rows, const float* basis,
 }
 
 static void project(const RowBlock& block, const Basis& basis, int64_t columns, float scale,
-                    float* b, float* y) {
-  const int64_t stride = basis.stride();
+                    float* panel, float* y) {
+  const int64_t stride = padded(basis.width);
   alignas(64) float m[kTileRows * kColumns] = {};  // a tile may read rows that are not there
   __builtin_memset(y, 0, kRows * stride * sizeof(float));
   for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
     const int64_t n = columns - c0 < kColumns ? columns - c0 : kColumns;
-    load_basis(basis, c0, n, b);
+    const float* const b = load_basis(basis, c0, n, panel);
     for (int64_t r0 = 0; r0 < block.rows; r0 += kTileRows) {
       const int64_t rows = block.rows - r0 < kTileRows ? block.rows - r0 : kTileRows;
       load(block, r0, rows, c0, n, m);

@@ -19,8 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kSignsPerBlock = 128;  // a Philox block: four words
-
 const SvdKernels& kernels_in_use() {
 #if defined(__x86_64__)
   switch (isa_in_use()) {
@@ -65,6 +63,22 @@ void philox(uint64_t seed, uint64_t column, uint32_t block, uint32_t* out) {
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
+// The test matrix [columns, padded(width)]: bit q % 32 of word q % 128 / 32 of block q / 128 of a
+// column; a set bit means -1.
+std::vector<float> signs(uint64_t seed, int64_t columns, int64_t width) {
+  const int64_t stride = padded(width);
+  std::vector<float> out(columns * stride, 0.0f);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t q = 0; q < width; q += 128) {
+      uint32_t words[4];
+      philox(seed, uint64_t(c), uint32_t(q / 128), words);
+      const int64_t n = std::min<int64_t>(128, width - q);
+      for (int64_t j = 0; j < n; ++j)
+        out[c * stride + q + j] = words[j / 32] >> (j % 32) & 1 ? -1.0f : 1.0f;
+    }
+  return out;
+}
+
 // Float32 arguments, contiguous, of the size they must have.
 struct Floats {
   OptionalTensor kept;
@@ -101,10 +115,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   const Floats weights_lt(weights, {layers, rows}, "weights"), mean_li(mean, {layers, columns}, "mean");
   const Floats basis_liq(basis, {layers, columns, width}, "basis"), scale_l(scale, {layers}, "scale");
 
-  const int64_t blocks = (width + kSignsPerBlock - 1) / kSignsPerBlock;
-  std::vector<uint32_t> words(basis ? 0 : columns * blocks * 4);
-  for (int64_t i = 0; i < int64_t(words.size()) / 4; ++i)
-    philox(uint64_t(seed), uint64_t(i / blocks), uint32_t(i % blocks), words.data() + 4 * i);
+  const int64_t stride = padded(width), room = kRows * stride + kSlack;
+  const std::vector<float> drawn = basis ? std::vector<float>() : signs(seed, columns, width);
 
   std::vector<Item> items;
   for (int64_t l = 0; l < layers; ++l)
@@ -123,7 +135,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   Tensor z = torch::stable::new_zeros(x, want_z ? Sizes{layers, width, columns} : Sizes{0}, ScalarType::Float);
   float* const y_ltq = static_cast<float*>(y.mutable_data_ptr());
   float* const z_lqi = static_cast<float*>(z.mutable_data_ptr());
-  const int64_t stride = Basis{nullptr, nullptr, 0, width}.stride(), room = kRows * stride + kSlack;
   const int64_t panels = (columns + kColumns - 1) / kColumns;
 
   // A block for each thread is projected, then each thread adds all of these blocks to its columns
@@ -136,8 +147,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
       static thread_local std::vector<float> panel;
       panel.resize(kColumns * stride);
       const Item& item = items[begin + i];
-      const Basis by = {basis ? basis_liq.data + item.layer * columns * width : nullptr, words.data(),
-                        4 * blocks, width};
+      const Basis by = {basis ? basis_liq.data + item.layer * columns * width : drawn.data(),
+                        basis ? width : stride, width};
       float* const found = part.data() + i * room;
       kernels.project(item.rows, by, columns, scale_l.data[item.layer], panel.data(), found);
       for (int64_t r = 0; want_y && r < item.rows.rows; ++r)

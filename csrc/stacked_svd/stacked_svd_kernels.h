@@ -16,25 +16,24 @@ struct RowBlock {
   int64_t rows;
 };
 
-// What the rows are multiplied by: data [columns, width], or random signs: bit q % 32 of word q / 32
-// of a column's `words_per_column` words.
+// Floats of a row of y in scratch: whole vectors.
+inline int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
+
+// What the rows are multiplied by: [columns, width], rows `stride` apart.
 struct Basis {
   const float* data;
-  const uint32_t* words;
-  int64_t words_per_column, width;
-
-  int64_t stride() const { return (width + 15) / 16 * 16; }  // of y in scratch
+  int64_t stride, width;
 };
 
 // Rows of a block: fixed, so that sums do not depend on threads. A multiple of kTileRows.
-constexpr int64_t kRows = 120;
+constexpr int64_t kRows = 96;
 constexpr int64_t kTileRows = 24;
 constexpr int64_t kColumns = 96;   // of a panel: the length of a partial sum of y
 constexpr int64_t kSlack = 16;     // floats beyond y that may be read
 
 struct SvdKernels {
-  // y[r][q] = scale * sum_c m[r][c] * basis[c][q]; y has kRows rows of basis.stride(), and kSlack.
-  // `panel` is scratch of kColumns * basis.stride().
+  // y[r][q] = scale * sum_c m[r][c] * basis[c][q]; y has kRows rows of padded(width), and kSlack.
+  // `panel` is scratch of kColumns * padded(width).
   void (*project)(const RowBlock& rows, const Basis& basis, int64_t columns, float scale,
                   float* panel, float* y);
   // z[q][c] += sum_r y[r][q] * m[r][c] for `count` columns from `first` on, at most kColumns.

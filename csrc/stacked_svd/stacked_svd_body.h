@@ -12,6 +12,7 @@ namespace LF_NS {
 constexpr int kSums = LF_SIMD == 2 ? 24 : LF_SIMD == 1 ? 12 : 6;
 constexpr int kVecs = 3;
 constexpr int kStrip = kVecs * Vec::width;
+static_assert(kTileRows % kSums == 0 && kSums % (2 * kVecs) == 0 && kColumns % kStrip == 0, "whole tiles");
 
 // out[i][j] += sum_k a[i * A + k * a_step] * b[k * b_step + j], R x V vectors of it.
 template <int R, int V, int64_t A>
@@ -60,12 +61,8 @@ static void load_rows(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t
       for (int64_t r = 0; r < n_rows; ++r)
         m[r * kColumns + c] = to_float(x[r * block.stride_row + c * block.stride_col]);
   }
-  if (!block.mean && !block.weights) return;
-  for (int64_t r = 0; r < n_rows; ++r) {
-    const float weight = block.weights ? block.weights[r0 + r] : 1.0f;
-    for (int64_t c = 0; c < n; ++c)
-      m[r * kColumns + c] = (m[r * kColumns + c] - (block.mean ? block.mean[c0 + c] : 0.0f)) * weight;
-  }
+  for (int64_t r = 0; block.mean && r < n_rows; ++r)
+    for (int64_t c = 0; c < n; ++c) m[r * kColumns + c] -= block.mean[c0 + c];
 }
 
 static void load(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n, float* m) {
@@ -96,8 +93,8 @@ static inline void add_columns(const float* m, int64_t rows, const float* basis,
     add_tile<R, V, kColumns>(m + r * kColumns, 1, basis, stride, n, y + r * stride, stride);
 }
 
-static void project(const RowBlock& block, const Basis& basis, int64_t columns, float scale,
-                    float* panel, float* y) {
+static void project(const RowBlock& block, const Basis& basis, int64_t columns, float* panel,
+                    float* y) {
   const int64_t stride = padded(basis.width);
   alignas(64) float m[kTileRows * kColumns] = {};  // a tile may read rows that are not there
   __builtin_memset(y, 0, kRows * stride * sizeof(float));
@@ -117,28 +114,34 @@ static void project(const RowBlock& block, const Basis& basis, int64_t columns, 
       if (q < stride) add_columns<1>(m, rows, b + q, stride, n, out + q);
     }
   }
-  for (int64_t i = 0; i < block.rows * stride; ++i) y[i] *= scale;
 }
 
-static void add_outer(const RowBlock& block, const float* y, int64_t width, int64_t stride,
-                      int64_t first, int64_t count, float* z, int64_t z_stride) {
+// R rows of a strip of z; where fewer rows or columns are left, by way of scratch.
+template <int R>
+static inline void add_strip(const float* y, int64_t stride, const float* m, int64_t depth,
+                             int64_t rows, int64_t columns, float* z, int64_t z_stride) {
+  if (rows >= R && columns >= kStrip)
+    return add_tile<R, kVecs, 1>(y, stride, m, kColumns, depth, z, z_stride);
+  alignas(64) float edge[R * kStrip] = {};
+  add_tile<R, kVecs, 1>(y, stride, m, kColumns, depth, edge, kStrip);
+  for (int64_t i = 0; i < R && i < rows; ++i)
+    for (int64_t j = 0; j < kStrip && j < columns; ++j) z[i * z_stride + j] += edge[i * kStrip + j];
+}
+
+static void add_outer(const RowBlock& block, const float* y, int64_t width, int64_t first,
+                      int64_t count, float* z, int64_t z_stride) {
   constexpr int R = kSums / kVecs;
+  const int64_t stride = padded(width);
   alignas(64) float m[kRows * kColumns];
   if (count < kColumns) __builtin_memset(m, 0, sizeof m);
   load(block, 0, block.rows, first, count, m);
-  for (int64_t c = 0; c < count; c += kStrip)
-    for (int64_t q = 0; q < width; q += R) {
-      float* const out = z + q * z_stride + c;
-      if (c + kStrip <= count && q + R <= width) {
-        add_tile<R, kVecs, 1>(y + q, stride, m + c, kColumns, block.rows, out, z_stride);
-        continue;
-      }
-      alignas(64) float edge[R * kStrip] = {};
-      add_tile<R, kVecs, 1>(y + q, stride, m + c, kColumns, block.rows, edge, kStrip);
-      for (int64_t i = 0; i < R && q + i < width; ++i)
-        for (int64_t j = 0; j < kStrip && c + j < count; ++j)
-          out[i * z_stride + j] += edge[i * kStrip + j];
-    }
+  for (int64_t c = 0; c < count; c += kStrip) {
+    int64_t q = 0;
+    for (; q + R / 2 < width; q += R)
+      add_strip<R>(y + q, stride, m + c, block.rows, width - q, count - c, z + q * z_stride + c, z_stride);
+    if (q < width)
+      add_strip<R / 2>(y + q, stride, m + c, block.rows, width - q, count - c, z + q * z_stride + c, z_stride);
+  }
 }
 
 extern const SvdKernels svd_kernels = {project, add_outer};

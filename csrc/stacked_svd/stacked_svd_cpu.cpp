@@ -123,11 +123,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
     for (int64_t t = 0; t < rows; t += kRows) {
       const char* data = static_cast<const char*>(x.const_data_ptr());
       data += (l * x.stride(0) + t * x.stride(1)) * dtype_size(dtype);
-      items.push_back({l, t,
-                       {data, dtype, x.stride(1), x.stride(2),
-                        weights_lt.data ? weights_lt.data + l * rows + t : nullptr,
-                        mean_li.data ? mean_li.data + l * columns : nullptr,
-                        std::min(kRows, rows - t)}});
+      const float* shift = mean ? mean_li.data + l * columns : nullptr;
+      items.push_back({l, t, {data, dtype, x.stride(1), x.stride(2), shift, std::min(kRows, rows - t)}});
     }
 
   using Sizes = std::vector<int64_t>;
@@ -150,16 +147,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
       const Basis by = {basis ? basis_liq.data + item.layer * columns * width : drawn.data(),
                         basis ? width : stride, width};
       float* const found = part.data() + i * room;
-      kernels.project(item.rows, by, columns, scale_l.data[item.layer], panel.data(), found);
-      for (int64_t r = 0; want_y && r < item.rows.rows; ++r)
-        std::copy_n(found + r * stride, width, y_ltq + (item.layer * rows + item.first + r) * width);
+      kernels.project(item.rows, by, columns, panel.data(), found);
+      for (int64_t r = 0; r < item.rows.rows; ++r) {
+        const int64_t t = item.layer * rows + item.first + r;
+        const float weight = weights ? weights_lt.data[t] : 1.0f;
+        float* const row = found + r * stride;
+        for (int64_t q = 0; q < width; ++q) row[q] *= weight * scale_l.data[item.layer];
+        if (want_y) std::copy_n(row, width, y_ltq + t * width);
+        for (int64_t q = 0; q < width; ++q) row[q] *= weight;  // the weight of z's other factor
+      }
     });
     if (!want_z) continue;
     parallel_tasks(Sizes(panels, count * kRows * kColumns * width), [&](int64_t p) {
       const int64_t first = p * kColumns;
       for (int64_t i = 0; i < count; ++i) {
         const Item& item = items[begin + i];
-        kernels.add_outer(item.rows, part.data() + i * room, width, stride, first,
+        kernels.add_outer(item.rows, part.data() + i * room, width, first,
                           std::min(kColumns, columns - first),
                           z_lqi + item.layer * width * columns + first, columns);
       }

@@ -6,12 +6,11 @@
 
 namespace lora_fused {
 
-// Rows of one layer: m[r][c] = weights[r] * (x[r][c] - mean[c]), r < rows <= kRows.
+// Rows of one layer: m[r][c] = x[r][c] - mean[c], r < rows <= kRows.
 struct RowBlock {
   const char* x;
   Dtype dtype;
   int64_t stride_row, stride_col;  // in elements
-  const float* weights;            // or null
   const float* mean;               // or null
   int64_t rows;
 };
@@ -32,14 +31,14 @@ constexpr int64_t kColumns = 96;   // of a panel: the length of a partial sum of
 constexpr int64_t kSlack = 16;     // floats beyond y that may be read
 
 struct SvdKernels {
-  // y[r][q] = scale * sum_c m[r][c] * basis[c][q]; y has kRows rows of padded(width), and kSlack.
-  // `panel` is scratch of kColumns * padded(width).
-  void (*project)(const RowBlock& rows, const Basis& basis, int64_t columns, float scale,
-                  float* panel, float* y);
+  // y[r][q] = sum_c m[r][c] * basis[c][q]; y has kRows rows of padded(width), and kSlack. `panel` is
+  // scratch of kColumns * padded(width).
+  void (*project)(const RowBlock& rows, const Basis& basis, int64_t columns, float* panel, float* y);
   // z[q][c] += sum_r y[r][q] * m[r][c] for `count` columns from `first` on, at most kColumns.
-  void (*add_outer)(const RowBlock& rows, const float* y, int64_t width, int64_t stride,
-                    int64_t first, int64_t count, float* z, int64_t z_stride);
+  void (*add_outer)(const RowBlock& rows, const float* y, int64_t width, int64_t first,
+                    int64_t count, float* z, int64_t z_stride);
 };
+static_assert(kRows % kTileRows == 0, "y has room for whole tiles");
 
 // One definition per stacked_svd_<isa>.cpp.
 namespace generic { extern const SvdKernels svd_kernels; }

@@ -41,21 +41,44 @@ static inline void add_tile(const float* a, int64_t a_step, const float* b, int6
     }
 }
 
-// m[r][c] of rows [r0, r0 + n_rows) and columns [c0, c0 + n) as float32, kColumns apart. What is
-// left of a vector beyond n is zero.
+template <class T>
+static inline void widen(const T* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) Vec::load(in + i).store(out + i);
+  if (i < n) load_part(in + i, int(n - i)).store(out + i);
+}
+
+// A turned stack, whose rows are adjacent: four columns at a time by way of scratch.
+template <class T>
+static void load_turned(const T* x, int64_t stride_col, int64_t n_rows, int64_t n, float* m) {
+  constexpr int64_t ahead = 8, stride = kRows;
+  alignas(64) float columns[4 * stride];
+  for (int64_t c = 0; c < n; c += 4) {
+    for (int64_t j = 0; j < 4 && c + j < n; ++j) {
+      const T* const column = x + (c + j) * stride_col;
+      widen(column, n_rows, columns + j * stride);
+      for (int64_t p = 0; p < n_rows; p += int64_t(64 / sizeof(T)))
+        __builtin_prefetch(column + ahead * stride_col + p);
+    }
+    for (int64_t r = 0; r < n_rows; r += 4)
+      turn4(columns + r, stride, m + r * kColumns + c, kColumns);
+  }
+}
+
+// m[r][c] of rows [r0, r0 + n_rows) and columns [c0, c0 + n) as float32, kColumns apart. What lies
+// beside them in m is overwritten.
 template <class T>
 static void load_rows(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n,
                       float* m) {
   const T* x = reinterpret_cast<const T*>(block.x) + r0 * block.stride_row + c0 * block.stride_col;
   if (block.stride_col == 1) {
     for (int64_t r = 0; r < n_rows; ++r, x += block.stride_row) {
-      float* const row = m + r * kColumns;
-      int64_t c = 0;
-      for (; c + Vec::width <= n; c += Vec::width) Vec::load(x + c).store(row + c);
-      if (c < n) load_part(x + c, int(n - c)).store(row + c);
+      widen(x, n, m + r * kColumns);
       for (int64_t p = 0; p < kColumns; p += int64_t(64 / sizeof(T)))
         __builtin_prefetch(x + kColumns + p);
     }
+  } else if (block.stride_row == 1) {
+    load_turned(x, block.stride_col, n_rows, n, m);
   } else {
     for (int64_t c = 0; c < n; ++c)
       for (int64_t r = 0; r < n_rows; ++r)
@@ -96,13 +119,16 @@ static inline void add_columns(const float* m, int64_t rows, const float* basis,
 static void project(const RowBlock& block, const Basis& basis, int64_t columns, float* panel,
                     float* y) {
   const int64_t stride = padded(basis.width);
-  alignas(64) float m[kTileRows * kColumns] = {};  // a tile may read rows that are not there
+  alignas(64) float m[kRows * kColumns];
+  __builtin_memset(m, 0, sizeof m);  // a tile may read rows that are not there
+  // Tile by tile, which stays in L1; but columns of a turned stack in runs as long as there are.
+  const int64_t step = block.stride_col == 1 ? kTileRows : kRows;
   __builtin_memset(y, 0, kRows * stride * sizeof(float));
   for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
     const int64_t n = columns - c0 < kColumns ? columns - c0 : kColumns;
     const float* const b = load_basis(basis, c0, n, panel);
-    for (int64_t r0 = 0; r0 < block.rows; r0 += kTileRows) {
-      const int64_t rows = block.rows - r0 < kTileRows ? block.rows - r0 : kTileRows;
+    for (int64_t r0 = 0; r0 < block.rows; r0 += step) {
+      const int64_t rows = block.rows - r0 < step ? block.rows - r0 : step;
       load(block, r0, rows, c0, n, m);
       float* const out = y + r0 * stride;
       int64_t q = 0;
@@ -133,7 +159,7 @@ static void add_outer(const RowBlock& block, const float* y, int64_t width, int6
   constexpr int R = kSums / kVecs;
   const int64_t stride = padded(width);
   alignas(64) float m[kRows * kColumns];
-  if (count < kColumns) __builtin_memset(m, 0, sizeof m);
+  if (count < kColumns) __builtin_memset(m, 0, sizeof m);  // a strip may read beyond
   load(block, 0, block.rows, first, count, m);
   for (int64_t c = 0; c < count; c += kStrip) {
     int64_t q = 0;

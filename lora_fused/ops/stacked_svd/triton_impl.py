@@ -39,8 +39,8 @@ SIGNS = {  # a line of 128 bytes of x a step; the bits are few, so rows may be t
 }
 PROJECT = {  # each tile of rows reads all of the basis, 4 Q bytes a column, from L2: many rows
     ("bfloat16", 64): Tile(128, 64, 32, 4),
-    ("bfloat16", 128): Tile(128, 128, 32, 8),
-    ("tf32", 64): Tile(128, 64, 16, 8),
+    ("bfloat16", 128): Tile(128, 128, 16, 8),
+    ("tf32", 64): Tile(64, 64, 32, 4),
     ("tf32", 128): Tile(128, 128, 16, 8),
 }
 BACKPROJECT = {  # each tile of columns reads all of y, 4 Q bytes a row, from L2: many columns
@@ -49,7 +49,6 @@ BACKPROJECT = {  # each tile of columns reads all of y, 4 Q bytes a row, from L2
     ("tf32", 64): Tile(16, 64, 128, 8),
     ("tf32", 128): Tile(16, 128, 128, 8),
 }
-STAGES = 3
 PROGRAMS = 256  # about two for each multiprocessor of an H100
 LEAST = 512  # terms of a slice: fewer, and writing and adding slices costs as much as reading x
 
@@ -87,22 +86,27 @@ def forward(
     if want_y or want_z:
         # What stays here has rows of whole 64 bytes, so that they are loaded 16 bytes at a time.
         row = width if want_y else triton.cdiv(width, 16) * 16
-        y = _project(x, weights, mean, basis, scale.contiguous(), seed, width, row)
+        shift, scale = None, scale.contiguous()
+        signs = _signs(x, seed, width) if basis is None else None
+        if mean is not None:
+            shift = _project(mean[:, None], None, None, basis, signs, scale, width, row)
+        y = _project(x, weights, shift, basis, signs, scale, width, row)
     z = _backproject(x, weights, mean, y, width) if want_z else none
     return y if want_y else none, z
 
 
-def _project(x, weights, mean, basis, scale, seed: int, width: int, row: int) -> Tensor:
+def _project(x, weights, shift, basis, signs, scale, width: int, row: int) -> Tensor:
+    """scale * weights * (x @ basis - shift) [L, T, row], or with signs, as bits, for a basis."""
     layers, rows, columns = x.shape
     tile = tile_of(SIGNS if basis is None else PROJECT, x, width)
     tiles_t, tiles_q = triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.width)
     slices, extent = _slices(layers * tiles_t * tiles_q, columns, tile.columns)
     parts = x.new_empty(slices, layers, rows, row, dtype=torch.float32)
-    strides = (0, triton.cdiv(width, 128), 0) if basis is None else basis.stride()
+    strides = (0, signs.stride(0), 0) if basis is None else basis.stride()
     _stacked_svd_project_kernel[(layers * tiles_t * slices * tiles_q,)](
-        x, weights, mean, _bits(x, seed, strides[1]) if basis is None else basis, scale, parts,
+        x, weights, shift, signs if basis is None else basis, scale, parts,
         layers, rows, columns, width, row, tiles_t, tiles_q, slices, extent, *x.stride(), *strides,
-        HAS_WEIGHTS=weights is not None, HAS_MEAN=mean is not None, HAS_BASIS=basis is not None,
+        HAS_WEIGHTS=weights is not None, HAS_SHIFT=shift is not None, HAS_BASIS=basis is not None,
         PRECISION=_precision(), **_blocks(tile),
     )  # fmt: skip
     return _sum(parts)
@@ -123,10 +127,10 @@ def _backproject(x, weights, mean, y: Tensor, width: int) -> Tensor:
     return _sum(parts)
 
 
-def _bits(x, seed: int, blocks: int) -> Tensor:
-    """The test matrix's signs [I, blocks, 4] of 32 bits, for all tiles of rows and all layers."""
-    columns = x.shape[2]
-    bits = x.new_empty(columns, blocks, 4, dtype=torch.int32)
+def _signs(x, seed: int, width: int) -> Tensor:
+    """The test matrix as bits [I, words of 32], made once for all tiles of rows and all layers."""
+    columns, blocks = x.shape[2], triton.cdiv(width, 128)
+    bits = x.new_empty(columns, blocks * 4, dtype=torch.int32)
     grid = (triton.cdiv(columns, 128) * blocks,)
     _stacked_svd_signs_kernel[grid](bits, columns, blocks, seed, BLOCK_I=128)
     return bits
@@ -134,7 +138,7 @@ def _bits(x, seed: int, blocks: int) -> Tensor:
 
 def _blocks(tile: Tile) -> dict:
     sizes = {"BLOCK_T": tile.rows, "BLOCK_Q": tile.width, "BLOCK_I": tile.columns}
-    return {**sizes, "num_warps": tile.warps, "num_stages": STAGES}
+    return {**sizes, "num_warps": tile.warps, "num_stages": 3 if _on_nvidia() else 2}
 
 
 def _slices(programs: int, length: int, step: int) -> tuple[int, int]:
@@ -155,10 +159,13 @@ def _sum(parts: Tensor) -> Tensor:
 
 def _precision() -> str:
     """How float32 meets float32: on NVIDIA three TF32 products, 22 bits of each factor."""
+    return "tf32x3" if _on_nvidia() else "ieee"
+
+
+def _on_nvidia() -> bool:
     if backends.INTERPRETING:
-        return "ieee"
-    backend = triton.runtime.driver.active.get_current_target().backend
-    return "tf32x3" if backend == "cuda" else "ieee"
+        return False
+    return triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -175,11 +182,11 @@ def _stacked_svd_signs_kernel(bits_ptr, I, blocks, seed, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def _is_minus(bits_ptr, i, live, first_q, blocks, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _is_minus(bits_ptr, i, live, first_q, row, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr):
     # [I, Q]: whether the test matrix has -1 at rows i, columns first_q and on.
     word = first_q // 32 + tl.arange(0, BLOCK_Q // 32)
     words = tl.load(
-        bits_ptr + i[:, None] * (blocks * 4) + word[None, :], mask=live[:, None], other=0
+        bits_ptr + i[:, None] * row + word[None, :], mask=live[:, None], other=0
     )  # [I, words]
     bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :]
     return tl.reshape((bits & 1) != 0, (BLOCK_I, BLOCK_Q))
@@ -204,10 +211,10 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _stacked_svd_project_kernel(
-    x_ptr, weight_ptr, mean_ptr, basis_ptr, scale_ptr, y_ptr,
+    x_ptr, weight_ptr, shift_ptr, basis_ptr, scale_ptr, y_ptr,
     L, T, I, Q, row, tiles_t, tiles_q, slices, extent,
     stride_xl, stride_xt, stride_xi, stride_bl, stride_bi, stride_bq,
-    HAS_WEIGHTS: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_BASIS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_BASIS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +226,6 @@ def _stacked_svd_project_kernel(
     t = pid // (tiles_q * slices) % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)  # [T]
     q = first_q + tl.arange(0, BLOCK_Q)  # [Q]
     x_row = x_ptr + l * stride_xl + t * stride_xt
-    shift = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     # With a basis the tile lies on its side: what is cut into terms should stand on the left, where
     # tensor cores take registers.
     if HAS_BASIS:
@@ -242,24 +248,18 @@ def _stacked_svd_project_kernel(
                 other=0.0,
             )  # [Q, I]
             acc = _dot(b, tl.trans(x), acc, PRECISION)
-            if HAS_MEAN:
-                mean = tl.load(mean_ptr + l * I + i, mask=i < last, other=0.0)
-                shift += tl.sum(b * mean[None, :], 1)
         else:
             minus = _is_minus(basis_ptr, i, i < last, first_q, stride_bi, BLOCK_I, BLOCK_Q)
             kind: tl.constexpr = tl.bfloat16 if x.dtype == tl.float32 else x.dtype
             one = tl.full((1, 1), 1.0, kind)
             acc = _dot(x, tl.where(minus, -one, one), acc, PRECISION)
-            if HAS_MEAN:
-                mean = tl.load(mean_ptr + l * I + i, mask=i < last, other=0.0)[:, None]
-                shift += tl.sum(tl.where(minus, -mean, mean), 0)
     if HAS_BASIS:
         acc = tl.trans(acc)
-    if HAS_MEAN:
-        acc -= shift[None, :]
+    acc *= tl.load(scale_ptr + l)
+    if HAS_SHIFT:
+        acc -= tl.load(shift_ptr + l * row + q, mask=(q < row) & (piece == 0), other=0.0)[None, :]
     if HAS_WEIGHTS:
         acc *= tl.load(weight_ptr + l * T + t, mask=t < T, other=0.0)[:, None]
-    acc *= tl.load(scale_ptr + l)
     at = ((piece * L + l) * T + t)[:, None] * row + q[None, :]
     tl.store(y_ptr + at, acc, mask=(t < T)[:, None] & (q < row)[None, :])
 

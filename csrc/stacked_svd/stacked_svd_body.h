@@ -12,7 +12,8 @@ namespace LF_NS {
 constexpr int kSums = LF_SIMD == 2 ? 24 : LF_SIMD == 1 ? 12 : 6;
 constexpr int kVecs = 3;
 constexpr int kStrip = kVecs * Vec::width;
-static_assert(kTileRows % kSums == 0 && kSums % (2 * kVecs) == 0 && kColumns % kStrip == 0, "whole tiles");
+static_assert(kTileRows % kSums == 0 && kSums % (2 * kVecs) == 0, "whole tiles of rows");
+static_assert(kColumns % kStrip == 0, "whole strips");
 
 // out[i][j] += sum_k a[i * A + k * a_step] * b[k * b_step + j], R x V vectors of it.
 template <int R, int V, int64_t A>
@@ -88,7 +89,8 @@ static void load_rows(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t
     for (int64_t c = 0; c < n; ++c) m[r * kColumns + c] -= block.mean[c0 + c];
 }
 
-static void load(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n, float* m) {
+static void load(const RowBlock& block, int64_t r0, int64_t n_rows, int64_t c0, int64_t n,
+                 float* m) {
   if (block.dtype == Dtype::f32) load_rows<float>(block, r0, n_rows, c0, n, m);
   if (block.dtype == Dtype::bf16) load_rows<bf16>(block, r0, n_rows, c0, n, m);
   if (block.dtype == Dtype::f16) load_rows<f16>(block, r0, n_rows, c0, n, m);
@@ -101,7 +103,8 @@ static const float* load_basis(const Basis& basis, int64_t c0, int64_t n, float*
   if (basis.stride == stride) return row;
   for (int64_t k = 0; k < n; ++k, row += basis.stride) {
     int64_t q = 0;
-    for (; q + Vec::width <= basis.width; q += Vec::width) Vec::load(row + q).store(panel + k * stride + q);
+    for (; q + Vec::width <= basis.width; q += Vec::width)
+      Vec::load(row + q).store(panel + k * stride + q);
     for (; q < basis.width; ++q) panel[k * stride + q] = row[q];
   }
   return panel;
@@ -161,13 +164,11 @@ static void add_outer(const RowBlock& block, const float* y, int64_t width, int6
   alignas(64) float m[kRows * kColumns];
   if (count < kColumns) __builtin_memset(m, 0, sizeof m);  // a strip may read beyond
   load(block, 0, block.rows, first, count, m);
-  for (int64_t c = 0; c < count; c += kStrip) {
-    int64_t q = 0;
-    for (; q + R / 2 < width; q += R)
-      add_strip<R>(y + q, stride, m + c, block.rows, width - q, count - c, z + q * z_stride + c, z_stride);
-    if (q < width)
-      add_strip<R / 2>(y + q, stride, m + c, block.rows, width - q, count - c, z + q * z_stride + c, z_stride);
-  }
+  for (int64_t c = 0; c < count; c += kStrip)
+    for (int64_t q = 0; q < width; q += R) {
+      const auto add = width - q > R / 2 ? add_strip<R> : add_strip<R / 2>;
+      add(y + q, stride, m + c, block.rows, width - q, count - c, z + q * z_stride + c, z_stride);
+    }
 }
 
 extern const SvdKernels svd_kernels = {project, add_outer};

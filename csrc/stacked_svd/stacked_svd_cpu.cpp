@@ -1,5 +1,5 @@
-// stacked_svd on CPU tensors: lora_fused::stacked_svd_fwd_native on torch's stable ABI. The schema is
-// defined in lora_fused/ops/stacked_svd/registration.py, the result in reference.py.
+// stacked_svd on CPU tensors: lora_fused::stacked_svd_fwd_native on torch's stable ABI. The schema
+// is defined in lora_fused/ops/stacked_svd/registration.py, the result in reference.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -95,11 +95,34 @@ struct Floats {
   }
 };
 
-// Blocks of rows, layer after layer.
+// Rows [first, first + rows.rows) of a layer.
 struct Item {
   int64_t layer, first;
   RowBlock rows;
 };
+
+// All rows in blocks, layer after layer.
+std::vector<Item> blocks_of(const Tensor& x, const float* mean_li) {
+  const int64_t rows = x.size(1), columns = x.size(2);
+  const Dtype dtype = dtype_of(x);
+  std::vector<Item> items;
+  for (int64_t l = 0; l < x.size(0); ++l)
+    for (int64_t t = 0; t < rows; t += kRows) {
+      const char* data = static_cast<const char*>(x.const_data_ptr());
+      data += (l * x.stride(0) + t * x.stride(1)) * dtype_size(dtype);
+      const float* mean = mean_li ? mean_li + l * columns : nullptr;
+      const int64_t count = std::min(kRows, rows - t);
+      items.push_back({l, t, {data, dtype, x.stride(1), x.stride(2), mean, count}});
+    }
+  return items;
+}
+
+// Scales a projected row and hands it out; what stays is weighted once more, as z's factor.
+void finish_row(float* row, int64_t width, float scale, float weight, float* y) {
+  for (int64_t q = 0; q < width; ++q) row[q] *= weight * scale;
+  if (y) std::copy_n(row, width, y);
+  for (int64_t q = 0; q < width; ++q) row[q] *= weight;
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weights,
                                    const OptionalTensor& mean, const OptionalTensor& basis,
@@ -108,35 +131,30 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   STD_TORCH_CHECK(x.dim() == 3, "stacked_svd: stack must be [L, T, I]");
   STD_TORCH_CHECK(!basis || basis->dim() == 3, "stacked_svd: basis must be [L, I, Q]");
   const SvdKernels& kernels = kernels_in_use();
-  const Dtype dtype = dtype_of(x);
   const int64_t layers = x.size(0), rows = x.size(1), columns = x.size(2);
   const int64_t width = basis ? basis->size(2) : sketch_width;
   STD_TORCH_CHECK(width > 0, "stacked_svd: width must be at least 1");
-  const Floats weights_lt(weights, {layers, rows}, "weights"), mean_li(mean, {layers, columns}, "mean");
-  const Floats basis_liq(basis, {layers, columns, width}, "basis"), scale_l(scale, {layers}, "scale");
+  const Floats weights_lt(weights, {layers, rows}, "weights");
+  const Floats mean_li(mean, {layers, columns}, "mean");
+  const Floats basis_liq(basis, {layers, columns, width}, "basis");
+  const Floats scale_l(scale, {layers}, "scale");
 
   const int64_t stride = padded(width), room = kRows * stride + kSlack;
   const std::vector<float> drawn = basis ? std::vector<float>() : signs(seed, columns, width);
-
-  std::vector<Item> items;
-  for (int64_t l = 0; l < layers; ++l)
-    for (int64_t t = 0; t < rows; t += kRows) {
-      const char* data = static_cast<const char*>(x.const_data_ptr());
-      data += (l * x.stride(0) + t * x.stride(1)) * dtype_size(dtype);
-      const float* shift = mean ? mean_li.data + l * columns : nullptr;
-      items.push_back({l, t, {data, dtype, x.stride(1), x.stride(2), shift, std::min(kRows, rows - t)}});
-    }
-
+  const std::vector<Item> items = blocks_of(x, mean_li.data);
   using Sizes = std::vector<int64_t>;
-  Tensor y = torch::stable::new_empty(x, want_y ? Sizes{layers, rows, width} : Sizes{0}, ScalarType::Float);
-  Tensor z = torch::stable::new_zeros(x, want_z ? Sizes{layers, width, columns} : Sizes{0}, ScalarType::Float);
+  const Sizes y_size = want_y ? Sizes{layers, rows, width} : Sizes{0};
+  const Sizes z_size = want_z ? Sizes{layers, width, columns} : Sizes{0};
+  Tensor y = torch::stable::new_empty(x, y_size, ScalarType::Float);
+  Tensor z = torch::stable::new_zeros(x, z_size, ScalarType::Float);
   float* const y_ltq = static_cast<float*>(y.mutable_data_ptr());
   float* const z_lqi = static_cast<float*>(z.mutable_data_ptr());
   const int64_t panels = (columns + kColumns - 1) / kColumns;
 
   // A block for each thread is projected, then each thread adds all of these blocks to its columns
   // of z: blocks meet a column of z in order, however many threads there are.
-  const int64_t group = std::min<int64_t>(threads_for(layers * rows * columns * width), items.size());
+  const int64_t threads = threads_for(layers * rows * columns * width);
+  const int64_t group = std::min<int64_t>(threads, items.size());
   std::vector<float> part(group * room);
   for (int64_t begin = 0; begin < int64_t(items.size()); begin += group) {
     const int64_t count = std::min<int64_t>(group, items.size() - begin);
@@ -150,11 +168,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
       kernels.project(item.rows, by, columns, panel.data(), found);
       for (int64_t r = 0; r < item.rows.rows; ++r) {
         const int64_t t = item.layer * rows + item.first + r;
-        const float weight = weights ? weights_lt.data[t] : 1.0f;
-        float* const row = found + r * stride;
-        for (int64_t q = 0; q < width; ++q) row[q] *= weight * scale_l.data[item.layer];
-        if (want_y) std::copy_n(row, width, y_ltq + t * width);
-        for (int64_t q = 0; q < width; ++q) row[q] *= weight;  // the weight of z's other factor
+        finish_row(found + r * stride, width, scale_l.data[item.layer],
+                   weights ? weights_lt.data[t] : 1.0f, want_y ? y_ltq + t * width : nullptr);
       }
     });
     if (!want_z) continue;

@@ -31,9 +31,10 @@ constexpr int64_t kColumns = 96;   // of a panel: the length of a partial sum of
 constexpr int64_t kSlack = 16;     // floats beyond y that may be read
 
 struct SvdKernels {
-  // y[r][q] = sum_c m[r][c] * basis[c][q]; y has kRows rows of padded(width), and kSlack. `panel` is
-  // scratch of kColumns * padded(width).
-  void (*project)(const RowBlock& rows, const Basis& basis, int64_t columns, float* panel, float* y);
+  // y[r][q] = sum_c m[r][c] * basis[c][q]; y has kRows rows of padded(width), and kSlack.
+  // `panel` is scratch of kColumns * padded(width).
+  void (*project)(const RowBlock& rows, const Basis& basis, int64_t columns, float* panel,
+                  float* y);
   // z[q][c] += sum_r y[r][q] * m[r][c] for `count` columns from `first` on, at most kColumns.
   void (*add_outer)(const RowBlock& rows, const float* y, int64_t width, int64_t first,
                     int64_t count, float* z, int64_t z_stride);

@@ -101,11 +101,12 @@ static const float* load_basis(const Basis& basis, int64_t c0, int64_t n, float*
   const float* row = basis.data + c0 * basis.stride;
   const int64_t stride = padded(basis.width);
   if (basis.stride == stride) return row;
+  const int64_t last = basis.width - Vec::width;  // where the last whole vector begins
   for (int64_t k = 0; k < n; ++k, row += basis.stride) {
-    int64_t q = 0;
-    for (; q + Vec::width <= basis.width; q += Vec::width)
-      Vec::load(row + q).store(panel + k * stride + q);
-    for (; q < basis.width; ++q) panel[k * stride + q] = row[q];
+    float* const out = panel + k * stride;
+    for (int64_t q = 0; q < last; q += Vec::width) Vec::load(row + q).store(out + q);
+    if (last >= 0) Vec::load(row + last).store(out + last);
+    for (int64_t q = 0; last < 0 && q < basis.width; ++q) out[q] = row[q];
   }
   return panel;
 }

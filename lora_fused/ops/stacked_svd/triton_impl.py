@@ -1,7 +1,9 @@
 """stacked_svd in Triton: a pass over the rows of all layers in one launch a stage.
 
 y = scale * diag(weights) (x - mean) @ basis is one launch, z = y^T M another; each reads x once,
-as stored, and centres after the product: no float32 copy of x and no x - mean in memory. Where
+as stored, and centres after the product: no float32 copy of x and no x - mean in memory. The test
+matrix is made on the device, as bits: made by every program anew, its integer work outlasts the
+reading of x. The mean is sketched like a row, in a small launch of its own. Where
 tiles are too few to fill a GPU, the sum is cut into slices of fixed size, and a last launch adds
 them in order. No atomics and no reads by the host; every choice depends on shapes alone.
 
@@ -29,8 +31,9 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Sketches of up to 64 columns have a tile of their own. "tf32" is for float32, three TF32 products
-# each, "bfloat16" for what runs in bfloat16 terms. A wider step would spill, on sm_120 first.
+# Sketches of up to 64 columns have a tile of their own. "tf32" is what takes three TF32 products,
+# "bfloat16" what runs in bfloat16. The steps are the longest at which no variant (weights, mean,
+# any width, type) spills on any target; sm_80 and sm_120 set them.
 SIGNS = {  # a line of 128 bytes of x a step; the bits are few, so rows may be too: more programs
     ("bfloat16", 64): Tile(64, 64, 64, 4),
     ("bfloat16", 128): Tile(64, 128, 64, 4),
@@ -38,10 +41,10 @@ SIGNS = {  # a line of 128 bytes of x a step; the bits are few, so rows may be t
     ("float32", 128): Tile(64, 128, 32, 8),
 }
 PROJECT = {  # each tile of rows reads all of the basis, 4 Q bytes a column, from L2: many rows
-    ("bfloat16", 64): Tile(128, 64, 32, 4),
+    ("bfloat16", 64): Tile(128, 64, 16, 4),
     ("bfloat16", 128): Tile(128, 128, 16, 8),
-    ("tf32", 64): Tile(64, 64, 32, 4),
-    ("tf32", 128): Tile(128, 128, 16, 8),
+    ("tf32", 64): Tile(64, 64, 32, 4),  # the products set the time here, not L2
+    ("tf32", 128): Tile(64, 64, 16, 4),
 }
 BACKPROJECT = {  # each tile of columns reads all of y, 4 Q bytes a row, from L2: many columns
     ("bfloat16", 64): Tile(32, 64, 128, 4),

@@ -15,6 +15,7 @@ the peak in a fresh process (VmHWM, Linux) over what was resident with the input
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -157,12 +158,12 @@ def settle(contender: svd.Contender, problem: Problem, now: Callable[[], float])
     if contender.missing:
         result.status, result.reason = "skipped", contender.missing
         return result, None
-    passed, closest = [], None
+    passed, closest, x = [], None, contender.prepare(problem.x)
     for ladder in contender.ladders:
         for setting in ladder:
             start = now()
             try:
-                found = contender.solve(problem.x, problem.rank, **setting)
+                found = contender.solve(x, problem.rank, **setting)
             except (RuntimeError, TypeError) as error:
                 if contender.ours:
                     raise
@@ -193,6 +194,8 @@ def race(case: Case, x: Tensor, options) -> list[Result]:
     oversampling = (10,) if options.quick else (10, 0) if x.dim() == 3 else (10, 0, 32, 64, 96)
     results, runs = [], []
     for contender in svd.contenders(x.dim() == 3, case.dtype, oversampling):
+        if options.impl and contender.name not in options.impl:
+            continue
         raced = contender.name == "linalg_svd" and case in (LARGE, MODEL)
         if contender.name in FULL_SVD and x.numel() >= FULL_SIZE and not raced:
             contender = replace(contender, missing="a full SVD: see linalg_svd on decaying")
@@ -204,8 +207,8 @@ def race(case: Case, x: Tensor, options) -> list[Result]:
             result.memory = peak(case, contender.name, setting)
         if result.seconds[0] < SLOW:
             result.seconds.clear()
-            run = contender.solve
-            runs.append((result, lambda run=run, kept=setting: run(x, case.R, **kept)))
+            run = functools.partial(contender.solve, contender.prepare(x), case.R, **setting)
+            runs.append((result, run))
     chance = random.Random(0)
     for _ in range(options.rounds):
         for result, run in chance.sample(runs, len(runs)):
@@ -299,11 +302,17 @@ def _peak_here(asked: str) -> int:
         # The values do not matter for memory at a given setting, and these take no time.
         x = matrix(case if "-" in case.workload else replace(case, workload="flat"))
         all_of_them = svd.contenders(x.dim() == 3, case.dtype, (10,))
-        solve = next(c.solve for c in all_of_them if c.name == name)
+        solve, prepare = next((c.solve, c.prepare) for c in all_of_them if c.name == name)
+        x = prepare(x)
     tiny = torch.randn(64, 32)
     # Libraries load and buffers are made at the first call; they are no part of the work's memory.
     solve(tiny.expand(2, 64, 32) if case.K > 1 else tiny, 4, **_clamped(setting))
     return memory.extra(lambda: solve(x, case.R, **setting))
+
+
+def words(case: Case) -> set[str]:
+    """What --only may name: rank, flat, N8000, bfloat16 and so on."""
+    return set(str(case).split())
 
 
 def _clamped(setting: dict) -> dict:
@@ -389,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     with _one_thread():
         rates = machine.Rates()
         for case in works:
-            if not options.only or {case.workload, case.direction, case.dtype} & {*options.only}:
+            if not options.only or any(set(w.split(",")) <= words(case) for w in options.only):
                 wrong += _run(case, options, rates, results)
     for fault in wrong:
         print(f"NOT RECORDED {fault}", file=sys.stderr)
@@ -399,7 +408,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run stacked_svd")
     parser.add_argument("--quick", action="store_true", help="small stacks, under a minute")
-    parser.add_argument("--only", nargs="+", default=[], help="workloads or directions")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD[,WORD]", help="such as chunks flat,K448"
+    )
+    parser.add_argument("--impl", nargs="+", help="which contenders to race; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     parser.add_argument("--csv", type=Path, help="where rows go; nothing is written without it")

@@ -25,6 +25,7 @@ class Contender:
     Attributes:
         solve: ``solve(x, rank, **setting)``.
         ladders: settings, each ladder from cheap to dear.
+        prepare: what is done to x beforehand, untimed.
         missing: why it cannot run here; "" where it can.
     """
 
@@ -32,6 +33,7 @@ class Contender:
     solve: Callable[..., Factors]
     ladders: tuple[tuple[dict, ...], ...] = (({},),)
     ours: bool = False
+    prepare: Callable[[Tensor], Tensor] = lambda x: x
     missing: str = ""
 
 
@@ -113,6 +115,9 @@ def contenders(batched: bool, dtype: str, oversampling: tuple[int, ...]) -> list
         # gram and exact have no knob that decides their error.
         mine = (({},),) if method in ("gram", "exact") else steps
         found.append(Contender(method, ours(method), mine, ours=True))
+    if dtype != "float32":  # what reading half the bytes costs or saves
+        held = Contender("auto_on_float32", ours("auto"), steps, ours=True, prepare=Tensor.float)
+        found.append(held)
     return found
 
 

@@ -18,7 +18,7 @@ from benchmarks.peers import svd
 
 CASE = replace(bench.LARGE, N=200, I=120, R=8)
 BATCH = replace(CASE, K=3)
-OPTIONS = Namespace(clock="wall", quick=True, memory=False, rounds=1)
+OPTIONS = Namespace(clock="wall", quick=True, memory=False, rounds=1, impl=None)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t kBlocksPerThread = 4;  // threads wait for one another twice in so many blocks
+
 const SvdKernels& kernels_in_use() {
 #if defined(__x86_64__)
   switch (isa_in_use()) {
@@ -151,10 +153,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   float* const z_lqi = static_cast<float*>(z.mutable_data_ptr());
   const int64_t panels = (columns + kColumns - 1) / kColumns;
 
-  // A block for each thread is projected, then each thread adds all of these blocks to its columns
+  // A few blocks for each thread are projected, then each thread adds all of these blocks to its columns
   // of z: blocks meet a column of z in order, however many threads there are.
   const int64_t threads = threads_for(layers * rows * columns * width);
-  const int64_t group = std::min<int64_t>(threads, items.size());
+  const int64_t at_once = threads == 1 ? 1 : kBlocksPerThread * threads;
+  const int64_t group = std::min<int64_t>(at_once, items.size());
   std::vector<float> part(group * room);
   for (int64_t begin = 0; begin < int64_t(items.size()); begin += group) {
     const int64_t count = std::min<int64_t>(group, items.size() - begin);

@@ -1,15 +1,16 @@
 """stacked_svd in Triton: a pass over the rows of all layers in one launch a stage.
 
 y = scale * diag(weights) (x - mean) @ basis is one launch, z = y^T M another; each reads x once,
-as stored, and centres after the product: no float32 copy of x and no x - mean in memory. The test
-matrix is made on the device, as bits: made by every program anew, its integer work outlasts the
-reading of x. The mean is sketched like a row, in a small launch of its own. Where
-tiles are too few to fill a GPU, the sum is cut into slices of fixed size, and a last launch adds
-them in order. No atomics and no reads by the host; every choice depends on shapes alone.
+as stored, and centres after the product: no float32 copy of x and no x - mean in memory. The mean
+is projected like a row, in a small launch of its own. The test matrix is made first, as bits: made
+anew by every program, its integer work would outlast the reading of x. Where tiles are too few to
+fill a GPU, a sum is cut into slices of fixed size, and a last launch adds them in order. No atomics
+and no reads by the host; every choice depends on shapes alone.
 
 One launch for y and z together would read x from DRAM once instead of twice, but z [Q, I] does not
 fit a program: it would be read and written in L2 for each tile of rows, 8 Q bytes a column against
-the 256 of 128 bfloat16 rows of x that it saves, so it loses from Q = 32 on.
+the 256 bytes of DRAM that 128 bfloat16 rows save. At 5.5 and 3.35 TB/s that loses from Q = 53 on,
+and below it the gain is less than the rows' second reading.
 """
 
 from typing import NamedTuple
@@ -32,8 +33,8 @@ class Tile(NamedTuple):
 
 
 # Sketches of up to 64 columns have a tile of their own. "tf32" is what takes three TF32 products,
-# "bfloat16" what runs in bfloat16. The steps are the longest at which no variant (weights, mean,
-# any width, type) spills on any target; sm_80 and sm_120 set them.
+# "bfloat16" what runs in bfloat16. Several longer steps and wider tiles spilled, on sm_80, sm_120
+# or gfx942 first; test_stacked_svd_aot.py holds every row of these tables to none.
 SIGNS = {  # a line of 128 bytes of x a step; the bits are few, so rows may be too: more programs
     ("bfloat16", 64): Tile(64, 64, 64, 4),
     ("bfloat16", 128): Tile(64, 128, 64, 4),
@@ -260,7 +261,8 @@ def _stacked_svd_project_kernel(
         acc = tl.trans(acc)
     acc *= tl.load(scale_ptr + l)
     if HAS_SHIFT:
-        acc -= tl.load(shift_ptr + l * row + q, mask=(q < row) & (piece == 0), other=0.0)[None, :]
+        width = tl.where(piece == 0, row, 0)  # the first slice alone takes it off
+        acc -= tl.load(shift_ptr + l * row + q, mask=q < width, other=0.0)[None, :]
     if HAS_WEIGHTS:
         acc *= tl.load(weight_ptr + l * T + t, mask=t < T, other=0.0)[:, None]
     at = ((piece * L + l) * T + t)[:, None] * row + q[None, :]

@@ -11,7 +11,8 @@ least of ||M v_j||^2 / sigma_j^2.
 In the rows N is the rows T of a stack, K the stacks of a batch, R the rank (0: asked by energy),
 max_error the excess. Works "chunks" and "energy" have ours alone: max_error is there the distance
 from the result in memory relative to ||M||, and the components more or fewer than needed. Memory is
-the peak in a fresh process (VmHWM, Linux) over what was resident with the input.
+the peak in a fresh process (VmHWM, Linux) over what was resident with the input; blocks of 256 KiB
+and more go back to the system when freed, so that it is of what is held, not of holes.
 """
 
 import argparse
@@ -287,7 +288,8 @@ def peak(case: Case, name: str, setting: dict) -> int:
     """Peak bytes beside the input, of one contender at one setting, in a fresh process."""
     asked = json.dumps([vars(case), name, setting])
     command = [sys.executable, "-m", "benchmarks.bench_stacked_svd", "--peak", asked]
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}  # no holes of freed chunks
+    done = subprocess.run(command, cwd=machine.ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case}: memory of {name}: {done.stderr}")
     return int(done.stdout.splitlines()[-1])

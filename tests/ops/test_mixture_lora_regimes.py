@@ -6,6 +6,7 @@ from support.mixture_lora import double, gradients, problem, require, run, truth
 
 from lora_fused import backends
 from lora_fused.ops import mixture_lora, mixture_lora_group
+from lora_fused.ops.mixture_lora import plan as plans
 from lora_fused.testing import assert_within_budget
 
 RANKS = (16, 3, 8, 1)
@@ -103,6 +104,19 @@ def test_what_a_row_does_not_use_cannot_reach_it(name):
     assert torch.equal(run(p, "triton")[untouched], clean[untouched])
     if (ids[1:] == last).any():
         assert not torch.equal(run(p, "triton")[1:], clean[1:]), "the poison must be live"
+
+
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "many_rows", "by_mixture"])
+def test_ranks_above_max_rank_are_cut_not_written_past_the_scratch(name, monkeypatch):
+    """On a device max_rank is believed; the next pair's h lies behind each pair's."""
+    monkeypatch.setattr(plans, "rank_bound", lambda row_start, max_rank: max_rank)
+    p = case(name) | {"max_rank": 9}  # of 16
+    y, _ = launched(lambda: run(p, "triton"))
+    assert_within_budget(y, run(p, "reference"), truth(p))
+    actual, reference = gradients(p, "triton"), gradients(p, "reference")
+    exact = gradients(double(p), "reference")
+    for leaf, grad in actual.items():
+        assert_within_budget(grad, reference[leaf], exact[leaf])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,6 +233,9 @@ class TestOut:
         assert (wide[..., 100:] == 7.0).all()
         flat = torch.empty(4, 10, 100)
         assert run(p, impl, x=x, out=flat) is flat and torch.equal(flat, out)
+        for none in (p["x"][:0], p["x"].new_empty(0, 3, 70)):
+            out = none.new_empty(*none.shape[:-1], 100)
+            assert run(p, impl, x=none, out=out) is out
 
     @pytest.mark.parametrize("impl", ["reference", "triton"])
     def test_rejects(self, impl):

@@ -60,7 +60,7 @@ def run_into(out: Tensor, x: Tensor, args: tuple, plan, max_rank: int | None, im
     x, lora_a, lora_b, row_start, ranks, ids, weights, scale, row_mixture, base = flat
     torch.ops.lora_fused.mixture_lora_out_triton(
         x, [lora_a], [lora_b], _one(row_start), _one(ranks), ids, weights, _one(scale),
-        row_mixture, _one(base), plan, bound, [out.view(x.shape[0], -1)],
+        row_mixture, _one(base), plan, bound, [out.view(x.shape[0], out.shape[-1])],
     )  # fmt: skip
     return out
 

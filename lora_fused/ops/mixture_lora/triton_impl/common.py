@@ -33,14 +33,17 @@ def _column_tile(tile, sizes, BLOCK_O: tl.constexpr):
 
 @triton.jit
 def _segment(
-    k, known, start_ptr, rank_ptr, slot_rank, PACKED: tl.constexpr, HAS_RANKS: tl.constexpr
-):
+    k, known, start_ptr, rank_ptr, slot_rank, max_rank,
+    PACKED: tl.constexpr, HAS_RANKS: tl.constexpr,
+):  # fmt: skip
     # Where adapter k begins, in units of the stack's first stride, and its rank; known masks k.
+    # No rank is above max_rank, whatever is stored: h has no room, and the next pair's lies there.
     if PACKED:
         first = tl.load(start_ptr + k, mask=known, other=0)
-        return first.to(tl.int64), tl.load(start_ptr + k + 1, mask=known, other=0) - first
+        rank = tl.load(start_ptr + k + 1, mask=known, other=0) - first
+        return first.to(tl.int64), tl.minimum(rank, max_rank)
     if HAS_RANKS:
-        return k.to(tl.int64), tl.load(rank_ptr + k, mask=known, other=0)
+        return k.to(tl.int64), tl.minimum(tl.load(rank_ptr + k, mask=known, other=0), max_rank)
     return k.to(tl.int64), tl.where(known, slot_rank, 0)
 
 

@@ -68,7 +68,7 @@ def _mixture_lora_expand_kernel(
         pair = row * J + tl.min(tl.where(match, j[None, :], BLOCK_J), 1)  # [N]
         start, rank = _segment(
             k, k < K, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            PACKED, HAS_RANKS,
+            max_rank, PACKED, HAS_RANKS,
         )  # fmt: skip
         part = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
         for r0 in range(0, rank, BLOCK_R):
@@ -105,8 +105,9 @@ def _shared_h(
     c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
     j, k, r, known = _rank_columns(c, m, ids_ptr, J, K, RANK)
     start, rank = _segment(
-        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), PACKED, HAS_RANKS
-    )
+        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), max_rank,
+        PACKED, HAS_RANKS,
+    )  # fmt: skip
     live = known & (r < rank)
     factor = _factor(m, j, k, live, weight_ptr, _pick(scale_ptr, g), J, HAS_SCALE)
     slot = mine[:, None] & (j < J)[None, :] & (r < max_rank)[None, :]

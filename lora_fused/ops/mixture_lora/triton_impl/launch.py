@@ -209,8 +209,8 @@ class Call:
         _mixture_lora_decode_kernel[(self.rows, spans)](
             x, tuple(lora_a), tuple(lora_b), row_start, ranks, self.adapter_ids, self.weights,
             self.scale or none, self.row_mixture, tuple(bases) or none, tuple(outs),
-            x.shape[1], sizes, self.per_row, self.count, self.rows // self.groups, slots,
-            *x.stride(), *_strides(lora_a), *_strides(lora_b), *_row_strides(bases, outs),
+            x.shape[1], sizes, self.per_row, self.count, self.max_rank, self.rows // self.groups,
+            slots, *x.stride(), *_strides(lora_a), *_strides(lora_b), *_row_strides(bases, outs),
             **form, HAS_GROUPS=self.row_mixture is not None, HAS_SCALE=bool(self.scale),
             HAS_BASE=bool(bases), RANK=self.rank_block, BLOCK_C=columns,
             BLOCK_I=8192 // columns, BLOCK_O=8192 // columns, SPAN=plans.SPAN, num_warps=8,

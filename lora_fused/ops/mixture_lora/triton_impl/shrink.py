@@ -41,7 +41,7 @@ def _mixture_lora_shrink_kernel(
             pair = unit[:, None]
         start, rank = _segment(
             k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            PACKED, HAS_RANKS,
+            max_rank, PACKED, HAS_RANKS,
         )  # fmt: skip
         live = known & (r < rank)
         if tl.max(live.to(tl.int32), 0) > 0:

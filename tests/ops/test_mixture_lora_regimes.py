@@ -127,6 +127,29 @@ def test_an_adapter_named_twice_adds_up(name):
     assert_within_budget(run(p, "triton"), run(p, "reference"), truth(p))
 
 
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "by_mixture"])
+def test_a_mixture_out_of_range_is_none(name, monkeypatch):
+    """On a device it is not looked at; here the check is taken away."""
+    from lora_fused.ops.mixture_lora import contract
+
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    rows, mixtures = p["x"].shape[0], p["adapter_ids"].shape[0]
+    p["row_mixture"] = torch.arange(rows).int() % (mixtures + 3) - 1
+    y, _ = launched(lambda: run(p, "triton"))
+    known = (p["row_mixture"] >= 0) & (p["row_mixture"] < mixtures)
+    assert torch.equal(y[~known], p["base"][~known]) and (~known).any()
+    p["row_mixture"] = p["row_mixture"].clamp(0, mixtures - 1)
+    assert torch.equal(y[known], run(p, "triton")[known])
+
+
+def test_a_plan_of_the_other_kind_is_refused():
+    p = problem(16, 1, RANKS, 32, 32)
+    plan = plans.make_plan(p["adapter_ids"][:1], None, 16)
+    with pytest.raises(ValueError, match="plan must be made for the 16 rows of this call"):
+        run(p, "triton", plan=plan)
+
+
 class TestBatchInvariance:
     @pytest.fixture(autouse=True)
     def _on(self, monkeypatch):

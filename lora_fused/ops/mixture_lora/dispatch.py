@@ -82,7 +82,8 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     if not calls:
         return ()
     cast, name = _resolve(x, calls[0], impl)
-    if name != "triton" or any(autograd.wants_grad(x, *call) for call in calls):
+    alike = all(_resolve(x, call, impl)[1] == "triton" for call in calls)
+    if not alike or any(autograd.wants_grad(x, *call) for call in calls):
         return tuple(run(x, call, plan, max_rank, impl) for call in calls)
     for call in calls:
         contract.check(cast, *call, name)

@@ -72,7 +72,7 @@ def _mixture_lora_expand_kernel(
             max_rank, PACKED, HAS_RANKS,
         )  # fmt: skip
         part = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-        for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):  # more would hold every slice of h
+        for r0 in tl.range(0, rank, BLOCK_R, num_stages=2):
             r = r0 + tl.arange(0, BLOCK_R)  # [R]
             slot = mine[:, None] & (r[None, :] < max_rank)
             h_at = pair[:, None] * max_rank + r[None, :]

@@ -145,7 +145,8 @@ class Call:
             self.max_rank, width, slots, *x.stride(), *_strides(sides),
             **form, SHARED=self.shared, PDL=bool(pdl), PRECISION=precision(),
             RANK=self.rank_block, CHUNKS=chunks,
-            BLOCK_U=self.block, BLOCK_C=chunk, num_warps=8 if self.shared else 4,
+            BLOCK_U=self.block, BLOCK_C=chunk,
+            num_warps=8 if self.shared or itemsize == 4 or chunk == 64 else 4,  # fewer spill
             BLOCK_I=(128 if self.shared else 256) // itemsize,
         )  # fmt: skip
         return h
@@ -214,8 +215,8 @@ class Call:
             self.scale or none, self.row_mixture, tuple(bases) or none, tuple(outs),
             x.shape[1], sizes, self.mixtures, self.per_row, self.count, self.max_rank,
             self.rows // self.groups, slots, *x.stride(), *_strides(lora_a), *_strides(lora_b),
-            *_row_strides(bases, outs), **form, HAS_GROUPS=self.row_mixture is not None, HAS_SCALE=bool(self.scale),
-            HAS_BASE=bool(bases), RANK=self.rank_block, BLOCK_C=columns,
+            *_row_strides(bases, outs), **form, HAS_GROUPS=self.row_mixture is not None,
+            HAS_SCALE=bool(self.scale), HAS_BASE=bool(bases), RANK=self.rank_block, BLOCK_C=columns,
             BLOCK_I=8192 // columns, BLOCK_O=8192 // columns, SPAN=plans.SPAN, num_warps=8,
         )  # fmt: skip
 

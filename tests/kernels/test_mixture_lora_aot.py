@@ -112,7 +112,9 @@ def test_what_is_launched_compiles_fits_and_does_not_spill(compiled, case, targe
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_the_stack_is_read_16_bytes_at_a_time(compiled, target):
     for c in compiled:
-        if c["target"] == target and c["kernel"] not in ("outer", "sum"):
+        # 256 lanes share the small tile of few rows on AMD: 4 bytes of B each.
+        small = target.startswith("gfx") and c["kernel"] == "expand"
+        if c["target"] == target and c["kernel"] not in ("outer", "sum") and not small:
             assert c["wide_loads"] + c["bulk_loads"] > 0, c
 
 

@@ -172,7 +172,48 @@ static void add_outer(const RowBlock& block, const float* y, int64_t width, int6
     }
 }
 
-extern const SvdKernels svd_kernels = {project, add_outer};
+static void pack(const RowBlock& block, const float* factors, int64_t first, int64_t count,
+                 float* panel) {
+  if (count < kColumns) __builtin_memset(panel, 0, kRows * kColumns * sizeof(float));
+  load(block, 0, block.rows, first, count, panel);
+  for (int64_t r = 0; factors && r < block.rows; ++r) {
+    float* const row = panel + r * kColumns;
+    for (int64_t c = 0; c < kColumns; ++c) row[c] *= factors[r];
+  }
+}
+
+// V vectors of columns of g, rows [i, i + R); where it ends before them, by way of scratch.
+template <int R, int V>
+static inline void add_gram_tile(const float* a, const float* b, int64_t depth, int64_t rows,
+                                 int64_t columns, float* g, int64_t stride) {
+  if (rows >= R && columns >= V * Vec::width)
+    return add_tile<R, V, 1>(a, kColumns, b, kColumns, depth, g, stride);
+  constexpr int64_t width = V * Vec::width;
+  alignas(64) float edge[R * width] = {};
+  add_tile<R, V, 1>(a, kColumns, b, kColumns, depth, edge, width);
+  for (int64_t i = 0; i < R && i < rows; ++i)
+    for (int64_t j = 0; j < width && j < columns; ++j) g[i * stride + j] += edge[i * width + j];
+}
+
+static void add_gram(const float* panels, int64_t rows, int64_t columns, int64_t first,
+                     int64_t count, float* g) {
+  constexpr int64_t R = kSums / kVecs, W = Vec::width, panel = kRows * kColumns;
+  static_assert(W % R == 0 && kColumns % R == 0, "a tile's rows lie in one vector, in one panel");
+  const float* const own = panels + first / kColumns * panel + first % kColumns;
+  for (int64_t c = 0; c < count; c += kStrip) {
+    const int64_t end = count - c < kStrip ? count - c : kStrip;  // of the strip
+    for (int64_t i = 0; i < first + c + end; i += R) {
+      const int64_t skip = i > first + c ? (i - first - c) / W * W : 0;  // wholly below the diagonal
+      const float* const a = panels + i / kColumns * panel + i % kColumns;
+      const int64_t left = end - skip;
+      const auto add = left > 2 * W ? add_gram_tile<R, 3> : left > W ? add_gram_tile<R, 2>
+                                                                     : add_gram_tile<R, 1>;
+      add(a, own + c + skip, rows, columns - i, left, g + i * columns + first + c + skip, columns);
+    }
+  }
+}
+
+extern const SvdKernels svd_kernels = {project, add_outer, pack, add_gram};
 
 }  // namespace LF_NS
 }  // namespace lora_fused

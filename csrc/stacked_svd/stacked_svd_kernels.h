@@ -1,4 +1,4 @@
-// The two products of stacked_svd's pass, as one table of functions per instruction set.
+// The products of stacked_svd's passes, as one table of functions per instruction set.
 #pragma once
 
 #include "../common/dtype.h"
@@ -38,6 +38,13 @@ struct SvdKernels {
   // z[q][c] += sum_r y[r][q] * m[r][c] for `count` columns from `first` on, at most kColumns.
   void (*add_outer)(const RowBlock& rows, const float* y, int64_t width, int64_t first,
                     int64_t count, float* z, int64_t z_stride);
+  // Panel [kRows][kColumns] of `count` columns from `first` on, each row times its factor.
+  void (*pack)(const RowBlock& rows, const float* factors, int64_t first, int64_t count,
+               float* panel);
+  // g[i][j] += sum_r m[r][i] * m[r][j] for `count` columns j from `first` on, of one panel, and all
+  // i <= j, from panels as pack makes them; a few i > j as well. g is [columns, columns].
+  void (*add_gram)(const float* panels, int64_t rows, int64_t columns, int64_t first,
+                   int64_t count, float* g);
 };
 static_assert(kRows % kTileRows == 0, "y has room for whole tiles");
 

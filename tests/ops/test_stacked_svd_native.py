@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from support import ROOT
+from support.isas import ISAS, in_process, usable
 from support.stacked_svd import DTYPES, missing
 
 from lora_fused import testing
@@ -16,7 +13,6 @@ from lora_fused.ops.stacked_svd import reference, registration
 
 pytestmark = pytest.mark.skipif(missing("native") is not None, reason=str(missing("native")))
 
-ISAS = ("generic", "avx2", "avx2_w16", "avx512")
 # L, T, I, Q around the sizes of blocks (96 rows), panels (96 columns) and tiles (24 rows, 48 wide).
 SHAPES = (
     (1, 1, 1, 1),
@@ -161,24 +157,6 @@ def test_refuses_what_would_read_out_of_bounds(place, wrong):
     args[place] = wrong
     with pytest.raises(RuntimeError, match="stacked_svd: "):
         native(*args)
-
-
-def in_process(isa: str, *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "LORA_FUSED_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def usable() -> list[str]:
-    from lora_fused import _C
-
-    return _C.isas()
 
 
 @pytest.mark.parametrize("isa", ISAS)

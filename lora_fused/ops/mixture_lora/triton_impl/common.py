@@ -52,7 +52,7 @@ def _rank_columns(c, m, ids_ptr, M, J, K, RANK: tl.constexpr):
     # Column c of a mixture's adapters side by side, RANK columns each: (j, adapter, r, known).
     # A mixture out of range counts as none, so that nothing is read past the ids.
     j = c // RANK
-    k = tl.load(ids_ptr + m * J + j, mask=(j < J) & (m >= 0) & (m < M), other=-1)
+    k = tl.load(ids_ptr + m * J + j, mask=j < tl.where((m >= 0) & (m < M), J, 0), other=-1)
     return j, k, c % RANK, (k >= 0) & (k < K)
 
 

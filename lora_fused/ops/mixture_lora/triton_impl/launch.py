@@ -173,6 +173,7 @@ class Call:
         tile = self.tile
         spans = sum(triton.cdiv(size, tile.span) for size in sizes)
         if self.shared:
+            full = sides[0].itemsize == 4  # float32 operands are cut in three on NVIDIA
             chunk, chunks = self.chunks(sides[0].itemsize)
             if chunks > 1:  # h is then loaded within the loop, and large ones spill
                 chunk, chunks = self.chunks(sides[0].itemsize, 64)
@@ -181,8 +182,8 @@ class Call:
                 self.rows, sizes, self.mixtures, self.per_row, count, self.max_rank, slice_size,
                 *tail,
                 **form, RANK=self.rank_block, CHUNKS=chunks, BLOCK_N=tile.rows,
-                BLOCK_C=chunk, BLOCK_O=min(tile.columns, 128 // sides[0].itemsize), SPAN=tile.span,
-                num_warps=tile.warps, num_stages=1 if sides[0].itemsize == 4 else 3, **pdl,
+                BLOCK_C=chunk, BLOCK_O=16 if full else tile.columns, SPAN=tile.span,
+                num_warps=tile.warps, num_stages=1 if full else 3, **pdl,
             )  # fmt: skip
             return
         _mixture_lora_expand_kernel[(triton.cdiv(self.rows, tile.rows), spans)](

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, table
+from benchmarks import bench_stacked_svd, machine, table
 from benchmarks.harness import CLOCKS, Case, best_baseline, race
 from lora_fused.backends import ERRORS
 
@@ -25,6 +25,9 @@ HEADER = ("case", "implementation", "ms p50", "p20", "p80", "x best", "x floor")
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["stacked_svd"]:  # raced at equal error, not at equal work: its own options
+        return bench_stacked_svd.main(argv[1:])
     options = _parse(argv)
     bench = importlib.import_module(f"benchmarks.bench_{options.op}")
     selection = bench.SELECTIONS[options.selection]

@@ -80,7 +80,8 @@ def test_the_seven_tests_stand_in_order(op):
 def test_operators_are_named_by_direction_and_implementation(op):
     text = (ROOT / "lora_fused" / "ops" / op / "registration.py").read_text()
     names = re.findall(r"lora_fused::(\w+)", text)
-    assert names and all(re.fullmatch(rf"{op}_(fwd|bwd|out)_(native|triton)", n) for n in names)
+    pattern = rf"{op}_(fwd|bwd|out|gram)_(native|triton)"
+    assert names and all(re.fullmatch(pattern, n) for n in names)
     entry = (ROOT / "lora_fused" / "ops" / op / "reference.py").read_text()
     assert re.search(r"^def forward\(", entry, re.M)
 

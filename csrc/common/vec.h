@@ -204,6 +204,22 @@ static inline void add_sums(const Vec* acc, float* out) {
 #endif
 }
 
+// out[j][i] = in[i][j], 4 by 4.
+static inline void turn4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+#if LF_SIMD > 0
+  __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + in_stride);
+  __m128 c = _mm_loadu_ps(in + 2 * in_stride), d = _mm_loadu_ps(in + 3 * in_stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, a);
+  _mm_storeu_ps(out + out_stride, b);
+  _mm_storeu_ps(out + 2 * out_stride, c);
+  _mm_storeu_ps(out + 3 * out_stride, d);
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+#endif
+}
+
 // The first n lanes from memory, the others zero; n < width.
 template <class T>
 static inline Vec load_part(const T* p, int n) {

@@ -1,53 +1,9 @@
-// stacked_svd on CPU tensors: lora_fused::stacked_svd_fwd_native on torch's stable ABI. The schema is
-// defined in lora_fused/ops/stacked_svd/registration.py, the result in reference.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "../common/parallel.h"
-#include "stacked_svd_kernels.h"
+// stacked_svd on CPU tensors: lora_fused::stacked_svd_fwd_native on torch's stable ABI. The schema
+// is defined in lora_fused/ops/stacked_svd/registration.py, the result in reference.py.
+#include "stacked_svd_tensors.h"
 
 namespace lora_fused {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kSignsPerBlock = 128;  // a Philox block: four words
-
-const SvdKernels& kernels_in_use() {
-#if defined(__x86_64__)
-  switch (isa_in_use()) {
-    case Isa::avx512:
-      return avx512::svd_kernels;
-    case Isa::avx2_w16:  // every width computes the same bits
-    case Isa::avx2:
-      return avx2::svd_kernels;
-    case Isa::generic:
-      break;
-  }
-#endif
-  return generic::svd_kernels;
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "stacked_svd: stack must be float32, float16 or bfloat16");
-  }
-}
 
 // Philox4x32-10 (Salmon et al., SC 2011) of counter (column, block, 0) under the key `seed`.
 void philox(uint64_t seed, uint64_t column, uint32_t block, uint32_t* out) {
@@ -65,27 +21,28 @@ void philox(uint64_t seed, uint64_t column, uint32_t block, uint32_t* out) {
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// Float32 arguments, contiguous, of the size they must have.
-struct Floats {
-  OptionalTensor kept;
-  const float* data = nullptr;
+// The test matrix [columns, padded(width)]: bit q % 32 of word q % 128 / 32 of block q / 128 of a
+// column; a set bit means -1.
+std::vector<float> signs(uint64_t seed, int64_t columns, int64_t width) {
+  const int64_t stride = padded(width);
+  std::vector<float> out(columns * stride, 0.0f);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t q = 0; q < width; q += 128) {
+      uint32_t words[4];
+      philox(seed, uint64_t(c), uint32_t(q / 128), words);
+      const int64_t n = std::min<int64_t>(128, width - q);
+      for (int64_t j = 0; j < n; ++j)
+        out[c * stride + q + j] = words[j / 32] >> (j % 32) & 1 ? -1.0f : 1.0f;
+    }
+  return out;
+}
 
-  Floats(const OptionalTensor& t, std::vector<int64_t> sizes, const char* name) {
-    if (!t) return;
-    const auto found = t->sizes();
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float &&
-                        std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()),
-                    "stacked_svd: ", name, " must be float32 and fit the stack");
-    kept = torch::stable::contiguous(*t);
-    data = static_cast<const float*>(kept->const_data_ptr());
-  }
-};
-
-// Blocks of rows, layer after layer.
-struct Item {
-  int64_t layer, first;
-  RowBlock rows;
-};
+// Scales a projected row and hands it out; what stays is weighted once more, as z's factor.
+void finish_row(float* row, int64_t width, float scale, float weight, float* y) {
+  for (int64_t q = 0; q < width; ++q) row[q] *= weight * scale;
+  if (y) std::copy_n(row, width, y);
+  for (int64_t q = 0; q < width; ++q) row[q] *= weight;
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weights,
                                    const OptionalTensor& mean, const OptionalTensor& basis,
@@ -94,41 +51,31 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
   STD_TORCH_CHECK(x.dim() == 3, "stacked_svd: stack must be [L, T, I]");
   STD_TORCH_CHECK(!basis || basis->dim() == 3, "stacked_svd: basis must be [L, I, Q]");
   const SvdKernels& kernels = kernels_in_use();
-  const Dtype dtype = dtype_of(x);
   const int64_t layers = x.size(0), rows = x.size(1), columns = x.size(2);
   const int64_t width = basis ? basis->size(2) : sketch_width;
   STD_TORCH_CHECK(width > 0, "stacked_svd: width must be at least 1");
-  const Floats weights_lt(weights, {layers, rows}, "weights"), mean_li(mean, {layers, columns}, "mean");
-  const Floats basis_liq(basis, {layers, columns, width}, "basis"), scale_l(scale, {layers}, "scale");
+  const Floats weights_lt(weights, {layers, rows}, "weights");
+  const Floats mean_li(mean, {layers, columns}, "mean");
+  const Floats basis_liq(basis, {layers, columns, width}, "basis");
+  const Floats scale_l(scale, {layers}, "scale");
 
-  const int64_t blocks = (width + kSignsPerBlock - 1) / kSignsPerBlock;
-  std::vector<uint32_t> words(basis ? 0 : columns * blocks * 4);
-  for (int64_t i = 0; i < int64_t(words.size()) / 4; ++i)
-    philox(uint64_t(seed), uint64_t(i / blocks), uint32_t(i % blocks), words.data() + 4 * i);
-
-  std::vector<Item> items;
-  for (int64_t l = 0; l < layers; ++l)
-    for (int64_t t = 0; t < rows; t += kRows) {
-      const char* data = static_cast<const char*>(x.const_data_ptr());
-      data += (l * x.stride(0) + t * x.stride(1)) * dtype_size(dtype);
-      items.push_back({l, t,
-                       {data, dtype, x.stride(1), x.stride(2),
-                        weights_lt.data ? weights_lt.data + l * rows + t : nullptr,
-                        mean_li.data ? mean_li.data + l * columns : nullptr,
-                        std::min(kRows, rows - t)}});
-    }
-
+  const int64_t stride = padded(width), room = kRows * stride + kSlack;
+  const std::vector<float> drawn = basis ? std::vector<float>() : signs(seed, columns, width);
+  const std::vector<Item> items = blocks_of(x, mean_li.data);
   using Sizes = std::vector<int64_t>;
-  Tensor y = torch::stable::new_empty(x, want_y ? Sizes{layers, rows, width} : Sizes{0}, ScalarType::Float);
-  Tensor z = torch::stable::new_zeros(x, want_z ? Sizes{layers, width, columns} : Sizes{0}, ScalarType::Float);
+  const Sizes y_size = want_y ? Sizes{layers, rows, width} : Sizes{0};
+  const Sizes z_size = want_z ? Sizes{layers, width, columns} : Sizes{0};
+  Tensor y = torch::stable::new_empty(x, y_size, ScalarType::Float);
+  Tensor z = torch::stable::new_zeros(x, z_size, ScalarType::Float);
   float* const y_ltq = static_cast<float*>(y.mutable_data_ptr());
   float* const z_lqi = static_cast<float*>(z.mutable_data_ptr());
-  const int64_t stride = Basis{nullptr, nullptr, 0, width}.stride(), room = kRows * stride + kSlack;
   const int64_t panels = (columns + kColumns - 1) / kColumns;
 
-  // A block for each thread is projected, then each thread adds all of these blocks to its columns
+  // A few blocks for each thread are projected, then each thread adds all of these blocks to its columns
   // of z: blocks meet a column of z in order, however many threads there are.
-  const int64_t group = std::min<int64_t>(threads_for(layers * rows * columns * width), items.size());
+  const int64_t threads = threads_for(layers * rows * columns * width);
+  const int64_t at_once = threads == 1 ? 1 : kBlocksPerThread * threads;
+  const int64_t group = std::min<int64_t>(at_once, items.size());
   std::vector<float> part(group * room);
   for (int64_t begin = 0; begin < int64_t(items.size()); begin += group) {
     const int64_t count = std::min<int64_t>(group, items.size() - begin);
@@ -136,19 +83,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
       static thread_local std::vector<float> panel;
       panel.resize(kColumns * stride);
       const Item& item = items[begin + i];
-      const Basis by = {basis ? basis_liq.data + item.layer * columns * width : nullptr, words.data(),
-                        4 * blocks, width};
+      const Basis by = {basis ? basis_liq.data + item.layer * columns * width : drawn.data(),
+                        basis ? width : stride, width};
       float* const found = part.data() + i * room;
-      kernels.project(item.rows, by, columns, scale_l.data[item.layer], panel.data(), found);
-      for (int64_t r = 0; want_y && r < item.rows.rows; ++r)
-        std::copy_n(found + r * stride, width, y_ltq + (item.layer * rows + item.first + r) * width);
+      kernels.project(item.rows, by, columns, panel.data(), found);
+      for (int64_t r = 0; r < item.rows.rows; ++r) {
+        const int64_t t = item.layer * rows + item.first + r;
+        finish_row(found + r * stride, width, scale_l.data[item.layer],
+                   weights ? weights_lt.data[t] : 1.0f, want_y ? y_ltq + t * width : nullptr);
+      }
     });
     if (!want_z) continue;
     parallel_tasks(Sizes(panels, count * kRows * kColumns * width), [&](int64_t p) {
       const int64_t first = p * kColumns;
       for (int64_t i = 0; i < count; ++i) {
         const Item& item = items[begin + i];
-        kernels.add_outer(item.rows, part.data() + i * room, width, stride, first,
+        kernels.add_outer(item.rows, part.data() + i * room, width, first,
                           std::min(kColumns, columns - first),
                           z_lqi + item.layer * width * columns + first, columns);
       }

@@ -20,6 +20,8 @@ CASES = {
     "by_mixture_many": ({"rows": 4096, "mixtures": 8, "per_row": 4}, ["shrink", "expand_shared"]),
     "group": ({"rows": 64, "group": 3}, ["shrink", "expand"]),
     "group_by_mixture": ({"rows": 2048, "mixtures": 8, "group": 3}, ["shrink", "expand_shared"]),
+    "wide": ({"rows": 512, "width": 28672}, ["shrink", "expand"]),
+    "wide_by_mixture": ({"rows": 2048, "mixtures": 8, "width": 14336}, ["shrink", "expand_shared"]),
     "rank_64": ({"rows": 64, "rank": 64}, ["shrink", "expand"]),
     "rank_64_by_mixture": (
         {"rows": 2048, "mixtures": 8, "per_row": 4, "rank": 64},
@@ -48,14 +50,22 @@ pytestmark = pytest.mark.skipif(
 
 
 def launch(
-    rows=8, per_row=2, mixtures=None, rank=16, dtype="bfloat16", group=1, backward=False, pdl=False
+    rows=8,
+    per_row=2,
+    mixtures=None,
+    rank=16,
+    width=4096,
+    dtype="bfloat16",
+    group=1,
+    backward=False,
+    pdl=False,
 ) -> None:
     from lora_fused import backends
     from lora_fused.ops.mixture_lora import triton_impl
     from lora_fused.testing import make_stack, sample_ids
 
     backends.PDL = pdl
-    kind, adapters, width = getattr(torch, dtype), 64, 4096
+    kind, adapters = getattr(torch, dtype), 16
     outs = [width, width // 4, width // 4][:group]
     stacks = [make_stack([rank] * adapters, width, out, dtype=kind) for out in outs]
     ids = sample_ids("uniform", mixtures or rows, per_row, adapters)
@@ -102,7 +112,9 @@ def test_what_is_launched_compiles_fits_and_does_not_spill(compiled, case, targe
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_the_stack_is_read_16_bytes_at_a_time(compiled, target):
     for c in compiled:
-        if c["target"] == target and c["kernel"] not in ("outer", "sum"):
+        # 256 lanes share the small tile of few rows on AMD: 4 bytes of B each.
+        small = target.startswith("gfx") and c["kernel"] == "expand"
+        if c["target"] == target and c["kernel"] not in ("outer", "sum") and not small:
             assert c["wide_loads"] + c["bulk_loads"] > 0, c
 
 

@@ -4,6 +4,9 @@ Kernels are replaced by recorders where the launcher is looked at, and run in th
 numbers are.
 """
 
+import contextlib
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +119,40 @@ def test_nothing_is_read_by_the_host(form, rows, shared, route, launches):
     with FakeTensorMode(), Inside():
         step(fake(p), shared)
     assert len(launches) >= 5, "shrink and expand forward; these and the outer products backward"
+
+
+def test_nothing_grows_with_the_square_of_the_rows(launches):
+    """Each row its own mixture, as in the prefill of a router."""
+    p, rows = arguments("packed", 4), 4096
+    many = {k: p[k].new_empty(rows, *p[k].shape[1:]) for k in ("x", "base")}
+    many |= {k: p[k].new_empty(rows, 3) for k in ("adapter_ids", "weights")}
+    with FakeTensorMode(), Inside() as inside:
+        step(fake({**p, **many}))
+    made = [form for _, form in inside.calls if isinstance(form, tuple) and len(form) == 3]
+    sizes = [shape for shape, _, dtype in made if isinstance(dtype, torch.dtype)]
+    assert (rows, 3) in sizes and max(map(math.prod, sizes)) < rows * rows
+
+
+def test_launches_are_made_on_the_device_of_x(launches, monkeypatch):
+    """Triton launches on the current device, which may be another."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    current, record = [], InterpretedFunction.run
+
+    @contextlib.contextmanager
+    def device_of(t: Tensor):
+        current.append(t.device)
+        yield
+        current.pop()
+
+    def checked(*args, **options):
+        assert current == [torch.device("cpu")]
+        record(*args, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", checked)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    step(arguments("packed", 4))
+    assert launches and not current
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from support.mixture_lora import double, gradients, problem, require, run, truth
 
 from lora_fused import backends
 from lora_fused.ops import mixture_lora, mixture_lora_group
+from lora_fused.ops.mixture_lora import plan as plans
 from lora_fused.testing import assert_within_budget
 
 RANKS = (16, 3, 8, 1)
@@ -105,12 +106,48 @@ def test_what_a_row_does_not_use_cannot_reach_it(name):
         assert not torch.equal(run(p, "triton")[1:], clean[1:]), "the poison must be live"
 
 
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "many_rows", "by_mixture"])
+def test_ranks_above_max_rank_are_cut_not_written_past_the_scratch(name, monkeypatch):
+    """On a device max_rank is believed; the next pair's h lies behind each pair's."""
+    monkeypatch.setattr(plans, "rank_bound", lambda row_start, max_rank: max_rank)
+    p = case(name) | {"max_rank": 9}  # of 16
+    y, _ = launched(lambda: run(p, "triton"))
+    assert_within_budget(y, run(p, "reference"), truth(p))
+    actual, reference = gradients(p, "triton"), gradients(p, "reference")
+    exact = gradients(double(p), "reference")
+    for leaf, grad in actual.items():
+        assert_within_budget(grad, reference[leaf], exact[leaf])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_named_twice_adds_up(name):
     p = case(name)
     ids = p["adapter_ids"][:, :1].expand(-1, 2).contiguous()
     p |= {"adapter_ids": ids, "weights": torch.randn(ids.shape)}
     assert_within_budget(run(p, "triton"), run(p, "reference"), truth(p))
+
+
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "by_mixture"])
+def test_a_mixture_out_of_range_is_none(name, monkeypatch):
+    """On a device it is not looked at; here the check is taken away."""
+    from lora_fused.ops.mixture_lora import contract
+
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    rows, mixtures = p["x"].shape[0], p["adapter_ids"].shape[0]
+    p["row_mixture"] = torch.arange(rows).int() % (mixtures + 3) - 1
+    y, _ = launched(lambda: run(p, "triton"))
+    known = (p["row_mixture"] >= 0) & (p["row_mixture"] < mixtures)
+    assert torch.equal(y[~known], p["base"][~known]) and (~known).any()
+    p["row_mixture"] = p["row_mixture"].clamp(0, mixtures - 1)
+    assert torch.equal(y[known], run(p, "triton")[known])
+
+
+def test_a_plan_of_the_other_kind_is_refused():
+    p = problem(16, 1, RANKS, 32, 32)
+    plan = plans.make_plan(p["adapter_ids"][:1], None, 16)
+    with pytest.raises(ValueError, match="plan must be made for the 16 rows of this call"):
+        run(p, "triton", plan=plan)
 
 
 class TestBatchInvariance:
@@ -219,6 +256,9 @@ class TestOut:
         assert (wide[..., 100:] == 7.0).all()
         flat = torch.empty(4, 10, 100)
         assert run(p, impl, x=x, out=flat) is flat and torch.equal(flat, out)
+        for none in (p["x"][:0], p["x"].new_empty(0, 3, 70)):
+            out = none.new_empty(*none.shape[:-1], 100)
+            assert run(p, impl, x=none, out=out) is out
 
     @pytest.mark.parametrize("impl", ["reference", "triton"])
     def test_rejects(self, impl):

@@ -23,12 +23,13 @@ from lora_fused.ops import FactoredStack, stacked_svd
 FORMS = ("rows", "columns", "sum")
 
 
-def assert_same(found, other, m):
-    """Both are as near to the best approximation as the other, within the budget."""
+def assert_same(found, others, m):
+    """As near to the best approximation as the worst of the others, within the budget."""
     u, s, vh = torch.linalg.svd(m.double(), full_matrices=False)
     count = found.s.shape[-1]
     best = (u[..., :count] * s[..., None, :count]) @ vh[..., :count, :]
-    testing.assert_within_budget(product(found).float(), product(other).float(), best)
+    worst = max((product(o).float() for o in others), key=lambda o: testing.error(o, best))
+    testing.assert_within_budget(product(found).float(), worst, best)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,7 +40,7 @@ def test_a_batch_is_its_layers(method):
     for l in range(3):
         alone = stacked_svd(m[l], rank=10, method=method)
         layer = type(found)(*(t[l] for t in found[:5]), found.method)
-        assert_same(layer, alone, m[l])
+        assert_same(layer, [alone], m[l])
         assert true_error(m[l], layer) <= layer.residual
 
 
@@ -73,18 +74,20 @@ def test_chunks_are_the_whole(dtype, cuts, method):
     m = matrix("gap", 300, 120).to(dtype)
     weights = torch.rand(300, generator=torch.Generator().manual_seed(0)) + 0.5
     for options in ({}, {"weights": weights}):
-        whole = stacked_svd(m, rank=10, method=method, **options)
-        found = stacked_svd(Again(m.split(cuts)), rank=10, method=method, **options)
+        options = {"rank": 10, "method": method, **options}
+        # Two roundings of the whole: a single one may by chance be far below the usual.
+        whole = [stacked_svd(m, impl=impl, **options) for impl in ("auto", "reference")]
+        found = stacked_svd(Again(m.split(cuts)), **options)
         assert found.method == method
-        scaled = m if not options else m.double() * weights[:, None].double()
+        scaled = m if "weights" not in options else m.double() * weights[:, None].double()
         assert_same(found, whole, scaled)
         assert true_error(scaled, found) <= found.residual
 
 
 def test_passes_over_chunks():
-    """q + 1 for subspace iteration and 2 q + 1 for Krylov, and one chunk looked at first."""
+    """q + 1 for subspace iteration and q + 3 for Krylov, and one chunk looked at first."""
     m = matrix("slow", 200, 160).float()
-    for method, passes in (("randomized", 4), ("krylov", 7)):
+    for method, passes in (("randomized", 4), ("krylov", 6)):
         chunks = Again(m.split(30))
         stacked_svd(chunks, rank=6, power_iterations=3, method=method)
         assert chunks.passes == passes + 1

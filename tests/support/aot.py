@@ -25,7 +25,8 @@ class Compiled:
     """One kernel of one case for one target; instruction counts are static.
 
     Attributes:
-        spills: instructions that move registers to or from local memory (AMD: spilled registers).
+        spills: instructions that move registers to or from local memory (AMD: vector registers
+            spilled).
         wide_loads: global loads of 16 bytes per lane, of all ``loads``.
         bulk_loads: loads through a tensor descriptor.
         mma: tensor-core instructions.
@@ -207,7 +208,7 @@ def _read_nvidia(kernel, target: str) -> dict:
         "bulk_loads": _count(names, r"UTMALDG|UBLKCP"),
         "stores": _count(names, r"STG"),
         "wide_stores": _count(names, r"STG\..*128"),
-        "atomics": _count(names, r"RED(G)?\b|ATOM"),
+        "atomics": _count(names, r"RED(G)?\b|ATOM(?!S)"),  # ATOMS: in shared memory
         "mma": _count(names, r"HMMA|HGMMA|UTC\w*MMA|IMMA|QMMA|OMMA"),
         "instructions": sum(names.values()),
         "occupancy": LIMITS[target].occupancy(
@@ -238,7 +239,8 @@ def _read_amd(kernel, target: str) -> dict:
     return {
         "threads": waves * 64,
         "registers": vectors,
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        "spills": field("vgpr_spill_count"),
         "loads": _count(names, r"(global|buffer|flat)_load_"),
         "wide_loads": _count(names, r"(global|buffer|flat)_load_dwordx4"),
         "bulk_loads": 0,

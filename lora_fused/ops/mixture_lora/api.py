@@ -48,8 +48,8 @@ def mixture_lora(
         max_rank: Largest rank of a packed stack, where the caller knows it on the host; spares
             Triton and the reference a read of ``row_start``. Native ignores it.
         base: The frozen layer's output, ``[..., O]``; never written. Default: the update alone.
-        out: Where to write the result, without gradients; may be ``base``, must not overlap x.
-            Triton writes it in place, the others copy. Default: a new tensor.
+        out: Where to write the result, without gradients; may be ``base``, must not overlap it
+            otherwise, nor x. Triton writes it in place, others copy. Default: a new tensor.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``: native for CPU tensors if
             built, Triton for CUDA, else reference. A named implementation never falls back.
 
@@ -64,8 +64,9 @@ def mixture_lora(
         Products, the rank-wide intermediate and base + update in float32 (float64 if x is), rounded
         once. Deterministic. Native: a row's result is bitwise the same alone, in any batch and at
         any thread count. A weight of 0 contributes 0 for finite x and keeps its true gradient.
-        Differentiable once in x, lora_a, lora_b, weights, scale and base. Ids out of range on a
-        device count as -1. NaN in x, weights or adapters reaches the rows that use it, no others.
+        Differentiable once in x, lora_a, lora_b, weights, scale and base. Ids and mixtures out of
+        range on a device count as none. NaN in x, weights or adapters reaches the rows that use it,
+        no others.
 
     Cost:
         (I + O) * sum of the ranks used, multiply-adds per row. Native visits adapters one after

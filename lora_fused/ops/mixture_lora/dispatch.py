@@ -60,7 +60,7 @@ def run_into(out: Tensor, x: Tensor, args: tuple, plan, max_rank: int | None, im
     x, lora_a, lora_b, row_start, ranks, ids, weights, scale, row_mixture, base = flat
     torch.ops.lora_fused.mixture_lora_out_triton(
         x, [lora_a], [lora_b], _one(row_start), _one(ranks), ids, weights, _one(scale),
-        row_mixture, _one(base), plan, bound, [out.view(x.shape[0], -1)],
+        row_mixture, _one(base), plan, bound, [out.view(x.shape[0], out.shape[-1])],
     )  # fmt: skip
     return out
 
@@ -82,7 +82,8 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     if not calls:
         return ()
     cast, name = resolve(x, (calls[0][0], calls[0][-1]), impl)
-    if name != "triton" or any(autograd.wants_grad(x, *call) for call in calls):
+    alike = all(resolve(x, (call[0], call[-1]), impl)[1] == "triton" for call in calls)
+    if not alike or any(autograd.wants_grad(x, *call) for call in calls):
         return tuple(run(x, call, plan, max_rank, impl) for call in calls)
     for call in calls:
         contract.check(cast, *call, name)

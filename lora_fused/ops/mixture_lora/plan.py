@@ -28,7 +28,8 @@ class MixturePlan(NamedTuple):
         order: units in ascending order of their key, int32.
         key: the key of each of these, int32.
         block_start: where in ``order`` each block begins, int32; the number of units past the last.
-        row_order: rows in ascending order of their first key, int32 ``[N]``.
+        row_order: rows in ascending order of their first adapter, int32 ``[N]``; empty where units
+            are rows, so that one kind of plan does not pass for the other.
     """
 
     order: Tensor
@@ -67,17 +68,18 @@ def make_plan(adapter_ids: Tensor, row_mixture: Tensor | None, rows: int) -> Mix
     mixtures = adapter_ids.shape[0]
     if is_shared(rows, mixtures):
         index = torch.arange(mixtures, device=adapter_ids.device, dtype=torch.int32)
-        key = _of_rows(index if row_mixture is None else row_mixture, rows)
+        key = _of_rows(index if row_mixture is None else row_mixture.clamp(-1, mixtures), rows)
     else:
         key = _of_rows(adapter_ids if row_mixture is None else adapter_ids[row_mixture], rows)
     key_u, order = key.flatten().sort(stable=True)
     position = torch.arange(order.shape[0], device=order.device)
     in_run = position - torch.searchsorted(key_u, key_u)
-    opens = (in_run % block_size(rows, mixtures) == 0) & (key_u >= 0)
+    opens = in_run % block_size(rows, mixtures) == 0
+    if key.dim() == 2:  # pairs without an adapter are no work, but every row is written
+        opens &= key_u >= 0
     starts = torch.where(opens, position, order.shape[0]).sort().values
-    order = order.int()
-    row_order = order if key.dim() == 1 else _rows_by_first(key)
-    return MixturePlan(order, key_u.int(), starts.int(), row_order)
+    row_order = order[:0].int() if key.dim() == 1 else _rows_by_first(key)
+    return MixturePlan(order.int(), key_u.int(), starts.int(), row_order)
 
 
 def adapter_runs(ids_sj: Tensor, rows: int, count: int) -> tuple[Tensor, Tensor]:
@@ -123,9 +125,8 @@ def scratch_rank(lora_a: Tensor, row_start: Tensor | None, bound: int | None) ->
 
 def check_plan(plan: MixturePlan, rows: int, adapter_ids: Tensor) -> None:
     """Check the size of a plan made elsewhere."""
-    units = rows if is_shared(rows, adapter_ids.shape[0]) else rows * adapter_ids.shape[1]
-    if plan.order.shape != (units,) or plan.row_order.shape != (rows,):
-        rule = f"be made for the {rows} rows of this call"
-        raise invalid(
-            _OP, "plan", rule, f"{plan.order.shape[0]} units of {plan.row_order.shape[0]}"
-        )
+    shared = is_shared(rows, adapter_ids.shape[0])
+    sizes = (rows, 0) if shared else (rows * adapter_ids.shape[1], rows)
+    came = (plan.order.shape[0], plan.row_order.shape[0])
+    if came != sizes:
+        raise invalid(_OP, "plan", f"be made for the {rows} rows of this call, sizes {sizes}", came)

@@ -91,22 +91,26 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
 
 
 # Launchers are imported on first use. On the CPU they run in Triton's interpreter, for tests.
+# Triton launches on the current device, which need not be that of the tensors.
 @torch.library.impl("lora_fused::mixture_lora_fwd_triton", ("cpu", "cuda"))
-def _fwd_triton(*args):
+def _fwd_triton(x, *args):
     from lora_fused.ops.mixture_lora import triton_impl
 
-    return triton_impl.forward(*args)
+    with torch.cuda.device_of(x):
+        return triton_impl.forward(x, *args)
 
 
 @torch.library.impl("lora_fused::mixture_lora_out_triton", ("cpu", "cuda"))
-def _out_triton(*args):
+def _out_triton(x, *args):
     from lora_fused.ops.mixture_lora import triton_impl
 
-    triton_impl.forward(*args)
+    with torch.cuda.device_of(x):
+        triton_impl.forward(x, *args)
 
 
 @torch.library.impl("lora_fused::mixture_lora_bwd_triton", ("cpu", "cuda"))
-def _bwd_triton(*args):
+def _bwd_triton(grad, *args):
     from lora_fused.ops.mixture_lora import triton_impl
 
-    return triton_impl.backward(*args)
+    with torch.cuda.device_of(grad):
+        return triton_impl.backward(grad, *args)

@@ -1,6 +1,6 @@
 """The public stacked_svd: contract, checks, choice of method and implementation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ def stacked_svd(
     generator: torch.Generator | None = None,
     group: object | None = None,
     impl: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> StackedSvd:
     """Find the leading singular vectors of stacked adapters, and how much they leave out.
 
@@ -62,7 +63,8 @@ def stacked_svd(
         energy: The fraction of ``||M||_F^2`` in (0, 1] that the components must hold; they grow
             until it is certain. In a batch, the most that any member needs.
         oversampling: Sketch columns beyond the rank.
-        power_iterations: q. randomized makes q + 1 passes; krylov 2 q + 1 of half the width.
+        power_iterations: q. randomized makes q + 1 passes, krylov q + 3 of half the width; gram
+            makes 2 q + 3 steps on its matrix. Each more lowers the error.
         weights: Of the rows, ``[T]`` or ``[L, T]``; of the adapters, ``[K]``, for a FactoredStack.
         center: Subtract the mean row, weighted by ``weights**2`` (the one that leaves least).
         method: ``"krylov"``: block Krylov. ``"randomized"``: subspace iteration, least memory.
@@ -73,6 +75,8 @@ def stacked_svd(
             arguments; only sketches and small Gram matrices are reduced. Not with ``"exact"``.
         impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``, as in mixture_lora: what
             multiplies the rows. A named implementation never falls back.
+        progress: Called with (layers done, layers in all) while a tensor is worked on: on a CPU
+            every few layers of a batch, else once. Not for chunks, whose reading the caller sees.
 
     Returns:
         StackedSvd(u, s, vh, energy, residual, method).
@@ -107,7 +111,7 @@ def stacked_svd(
         seed = int(ranks.same(drawn.to(ranks.device())))
     options = (rank, energy, oversampling, power_iterations, weights, center, method)
     with torch.no_grad(), torch.autocast(_device_type(stack), enabled=False):
-        return StackedSvd(*solve(stack, *options, seed, ranks, impl))
+        return StackedSvd(*solve(stack, *options, seed, ranks, impl, progress))
 
 
 def _device_type(stack: object) -> str:

@@ -1,6 +1,6 @@
 """Stacks that are given by their factors, and are never multiplied out as a whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.reference import signs
+from lora_fused.ops.stacked_svd.registration import Pass
 from lora_fused.ops.stacked_svd.sources import Rows
 
 FORMS = ("rows", "columns", "sum")
@@ -44,9 +45,10 @@ class FactoredRows(Rows):
     right vectors, and ``lift`` finds the left vectors.
     """
 
-    def __init__(self, inner, outer, starts, scale, run: Callable, seed: int, group: Group):
+    def __init__(self, inner, outer, starts, scale, run: Pass, seed: int, group: Group):
         super().__init__(inner[None], None, run, seed, group)
         self.inner, self.outer, self.starts = inner, outer, starts
+        self.in_memory = False
         self.roots: list[Tensor] = []
         self.inverses: list[Tensor] = []
         for k, factor in enumerate(scale.double().tolist()):
@@ -93,9 +95,9 @@ class FactoredRows(Rows):
 class FactoredSum(Rows):
     """The sum of all D_k, lora_b^T diag(scale) lora_a, applied factor by factor."""
 
-    def __init__(self, inner, outer, row_scale, run: Callable, seed: int, group: Group):
+    def __init__(self, inner, outer, row_scale, run: Pass, seed: int, group: Group):
         super().__init__(inner.new_empty(1, outer.shape[1], inner.shape[1]), None, run, seed, group)
-        self.x = None
+        self.x, self.in_memory = None, False
         self.inner, self.outer = inner, outer
         self.row_scale = row_scale.to(self.dtype)[:, None]
 

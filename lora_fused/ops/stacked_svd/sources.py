@@ -13,10 +13,13 @@ from lora_fused.checks import invalid, shape
 from lora_fused.ops.stacked_svd.contract import OP, STORAGE, check_rank
 from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.reference import blocks
+from lora_fused.ops.stacked_svd.registration import Pass
 
 # float32 squares of row norms in this range neither overflow nor vanish.
 SAFE = (1e-15, 1e15)
 UNSCALED = 12  # largest row norms of 2^-12 to 2^12 are left as they are
+
+TRACED = 1 << 13  # rows whose squares float32 adds up as well as norms of single rows
 
 
 class Rows:
@@ -34,7 +37,7 @@ class Rows:
         self,
         x: Tensor,
         weights: Tensor | None,
-        run: Callable,
+        run: Pass,
         seed: int,
         group: Group,
         first_layer: int = 0,
@@ -50,6 +53,7 @@ class Rows:
         self.total = torch.zeros(self.layers, dtype=torch.float64, device=self.device)
         self.measured = False
         self.once = False
+        self.in_memory = True  # as one piece
         self.rank: int | None = None  # refused as soon as the rows are known to be too few
 
     def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -91,6 +95,10 @@ class Rows:
             raise invalid(OP, "stack", rule, done)
         return y, self._reduced(z, want_z)
 
+    def gram(self) -> Tensor:
+        """N^T N of the scaled matrix N over the group, [L, I, I]: a first sweep of its own."""
+        return self.group.together(self._first_gram)
+
     def residual(self, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
         """||M - u diag(s) vh||_F^2 of the scaled matrix [L], measured block by block in float64."""
         found, done = torch.zeros_like(self.total), 0
@@ -122,17 +130,60 @@ class Rows:
         self.mean = (found / counted.clamp_min(torch.finfo(torch.float64).tiny)).to(self.dtype)
 
     def _first(self, run, basis, width, want_y, want_z):
-        """The first sweep also checks and measures; the scale may still change as rows come."""
-        parts_y, z, rows = [], None, 0
-        largest = self.total.clone()
-        for where, x, weights in self.pieces():
-            total, norm = self._measure(where, x, weights)
-            self.total += total
-            largest = torch.maximum(largest, norm)
-            z = self._rescale(_power_of_two(largest, self.dtype), parts_y, z)
+        parts_y, z = [], None
+        for x, weights, change in self._measured():
+            z = _times(change, parts_y, z)
             part_y, part_z = self._run(run, x, weights, basis, width, want_y, want_z)
             parts_y.append(part_y)
             z = part_z if z is None else z.add_(part_z)
+
+        def finish():
+            change = self._agree()
+            found_z = _times(change, parts_y, z)
+            return self._joined(parts_y, want_y), self._reduced(found_z, want_z)
+
+        return finish
+
+    def _first_gram(self):
+        size = (self.layers, self.columns, self.columns)
+        g = torch.zeros(size, dtype=self.dtype, device=self.device)
+        if not self._traced(g):
+            g.zero_()
+            for x, weights, change in self._measured():
+                _times(change, [g], g)  # twice, where the square may overflow
+                self.run.gram(g, x, weights, self.mean, self.scale, self.in_memory)
+            if not self.in_memory:
+                none = g.new_empty(self.layers, 0, self.columns)
+                self.run.gram(g, none, None, None, self.scale, True)
+
+        def finish():
+            return self.group.sum(_times(self._agree(), [g], g))
+
+        return finish
+
+    def _traced(self, g: Tensor) -> bool:
+        """Find g and, from its diagonal, the total without another reading; False: not sound."""
+        if not self.in_memory or self.rows > TRACED:
+            return False
+        self.run.gram(g, self.x, self.weights, self.mean, self.scale, True)
+        squares = g.diagonal(dim1=-2, dim2=-1).double()
+        largest = squares.amax(-1).sqrt()
+        if not bool(((largest > 2.0**-UNSCALED) & (largest < 2.0**UNSCALED)).all()):
+            return False  # to be scaled, or not finite
+        self.total, self.largest, self.measured = squares.sum(-1), largest, True
+        return True
+
+    def _measured(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Pieces of the first sweep, checked and measured, and by how much the scale changed.
+
+        It may still change as rows come; what was found before is then to be multiplied.
+        """
+        rows, self.largest = 0, self.total.clone()
+        for where, x, weights in self.pieces():
+            total, norm = self._measure(where, x, weights)
+            self.total += total
+            self.largest = torch.maximum(self.largest, norm)
+            yield x, weights, self._rescale(self.largest)
             rows += x.shape[1]
         if rows == 0 and self.group.size == 1:
             raise invalid(OP, "stack", "have at least one row", "none")
@@ -140,35 +191,30 @@ class Rows:
             rule = f"be [{rows}], one for each row of stack"
             raise invalid(OP, "weights", rule, f"[{self.weights.shape[1]}]")
         self.rows, self.measured = rows, True
-        return lambda: self._agree(largest, parts_y, z, want_y, want_z)
 
-    def _agree(self, largest, parts_y, z, want_y, want_z):
+    def _agree(self) -> Tensor | None:
+        """Bring ranks to one scale; the change of it here."""
         check_rank(self.rank, self.all_rows(), self.columns)
         self.total = self.group.sum(self.total)
-        scale = _power_of_two(self.group.largest(largest), self.dtype)
-        z = self._rescale(scale, parts_y, z)
-        return self._joined(parts_y, want_y), self._reduced(z, want_z)
+        return self._rescale(self.group.largest(self.largest))
 
     def _run(self, run, x, weights, basis, width, want_y, want_z):
         args = (x, weights, self.mean, basis, self.scale, self.seed, width, want_y, want_z)
         return run(*args)
 
-    def _rescale(self, scale: Tensor, parts_y: list[Tensor], z: Tensor | None) -> Tensor | None:
-        change = (scale / self.scale)[:, None, None]
-        self.scale = scale
-        if not bool((change == 1).all()):
-            for y in parts_y:
-                if y.numel():
-                    y *= change
-            if z is not None and z.numel():
-                z *= change
-        return z
+    def _rescale(self, largest: Tensor) -> Tensor | None:
+        scale = _power_of_two(largest, self.dtype)
+        change, self.scale = (scale / self.scale)[:, None, None], scale
+        return None if bool((change == 1).all()) else change
 
     def _joined(self, parts: list[Tensor], wanted: bool) -> Tensor | None:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) if wanted else None
 
     def _reduced(self, z: Tensor | None, wanted: bool) -> Tensor | None:
-        return self.group.sum(z * self.scale[:, None, None]) if wanted else None
+        if not wanted:
+            return None
+        plain = bool((self.scale == 1).all())
+        return self.group.sum(z if plain else z.mul_(self.scale[:, None, None]))
 
     def rows_of(self, x, weights, l: slice, t: slice, dtype: torch.dtype) -> Tensor:
         m = x[l, t].to(dtype)
@@ -204,7 +250,7 @@ class Rows:
 class Chunks(Rows):
     """Rows that come in chunks [t, I] from an iterable, which each sweep iterates anew."""
 
-    def __init__(self, chunks: Iterable, weights, run: Callable, seed: int, group: Group):
+    def __init__(self, chunks: Iterable, weights, run: Pass, seed: int, group: Group):
         self.chunks = chunks
         first = next(iter(chunks), None) if not isinstance(chunks, Iterator) else None
         self.ahead = None
@@ -217,6 +263,7 @@ class Chunks(Rows):
         # A reference to the first chunk would keep it in memory through every sweep.
         self.like, self.x, self.rows = first[:0].clone(), None, None
         self.once = isinstance(chunks, Iterator)
+        self.in_memory = False
 
     def pieces(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         done, ahead, self.ahead = 0, self.ahead, None
@@ -251,6 +298,13 @@ def _check_chunk(chunk: object, number: int, like: Tensor) -> None:
     if chunk.dtype != like.dtype or chunk.device != like.device:
         rule = f"be {like.dtype} on {like.device} like chunk 0"
         raise invalid(OP, label, rule, f"{chunk.dtype} on {chunk.device}")
+
+
+def _times(change: Tensor | None, parts_y: list[Tensor], z: Tensor | None) -> Tensor | None:
+    for t in () if change is None else (*parts_y, z):
+        if t is not None and t.numel():
+            t *= change
+    return z
 
 
 def _power_of_two(largest: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,16 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_fused.ops.stacked_svd.gram_matrix import gram_pass, leading_vectors
+from lora_fused.ops.stacked_svd.gram_matrix import leading_vectors
 from lora_fused.ops.stacked_svd.group import Group
 from lora_fused.ops.stacked_svd.orthonormal import extend, tall_qr
-from lora_fused.ops.stacked_svd.plan import FIRST_WIDTH, block_width
+from lora_fused.ops.stacked_svd.plan import (
+    FIRST_WIDTH,
+    block_width,
+    gram_steps,
+    krylov_steps,
+)
 from lora_fused.ops.stacked_svd.reference import blocks
 from lora_fused.ops.stacked_svd.sources import Rows
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
 SMALLEST = 1e-5  # ratio of singular values down to which a float64 Gram matrix of y is used
+WIDE = 0.02  # ratio down to which float32 keeps what it is divided by orthonormal
 GRAM_NOISE = 3e-3  # below this ratio a Gram matrix in float32 holds no singular vector
 
 
@@ -71,14 +77,14 @@ def randomized(source: Rows, wanted: Wanted) -> Factors:
 def krylov(source: Rows, wanted: Wanted) -> Factors:
     """Block Krylov: every block that was multiplied stays in the basis.
 
-    For a rank, blocks of half the width and twice the steps: the same products as subspace
-    iteration, and exponents that grow with each. For an energy, steps until it is certain.
+    For a rank, blocks of half the width and q + 2 steps, whose exponents grow with each; q = 0
+    still yields as many columns as the sketch has. For an energy, steps until it is certain.
     """
     if wanted.rank is None:
         width, steps = FIRST_WIDTH, None
     else:
         width = min(block_width(wanted.rank + wanted.oversampling), source.columns)
-        steps = max(2 * wanted.iterations, 2)
+        steps = krylov_steps(wanted.iterations)
     _, z = source.sweep(None, min(width, source.columns), want_y=False)
     limit = min(source.columns, source.all_rows())
     newest = _agreed(source, extend(None, z.mT[..., :limit]))
@@ -126,24 +132,24 @@ class Columns:
 
 def gram(source: Rows, wanted: Wanted) -> Factors:
     """Eigenvectors of M^T M as a basis; squares lose small singular values, so those iterate."""
-    _, z = source.sweep(None, want_y=False, run=gram_pass)
-    side = z.shape[-1]
+    g = source.gram()
+    side = g.shape[-1]
     if wanted.rank is None:
-        power, turn = torch.linalg.eigh(z)
+        power, turn = torch.linalg.eigh(g)
         s = power.flip(-1).clamp_min(0).sqrt()
         estimate = wanted.count(s, s.double().square().sum(-1)) or side
-        width = min(estimate + wanted.oversampling, side)
-        basis = turn.flip(-1)[..., :width]
+        turn = turn.flip(-1)
+        first = turn[..., : min(estimate + wanted.oversampling, side)]
     else:
-        basis = leading_vectors(z, min(wanted.rank + wanted.oversampling, side), source.seed)
-    basis = _agreed(source, basis)
-    u, s, vh = _iterated(source, basis, 0, wanted.rank)
+        width, steps = min(wanted.rank + wanted.oversampling, side), gram_steps(wanted.iterations)
+        turn = leading_vectors(g, width, steps, source.seed)
+        first = turn[..., : wanted.rank]
+    u, s, vh = _iterated(source, _agreed(source, first), 0, wanted.rank)
     total = source.total * source.scale.double() ** 2
     count = wanted.count(s, total)
     short = count is None or bool((s[:, count - 1] < GRAM_NOISE * s[:, 0]).any())
-    if short and (count is None or basis.shape[-1] < side):
-        basis = basis if wanted.rank else turn.flip(-1)  # all of them hold all the energy
-        u, s, vh = _iterated(source, basis, max(wanted.iterations, 1))
+    if short and (count is None or first.shape[-1] < side):
+        u, s, vh = _iterated(source, _agreed(source, turn), max(wanted.iterations, 1))
         count = wanted.count(s, total)
     return _cut(u, s, vh, count)
 
@@ -174,7 +180,10 @@ class TallSvd:
         s, v = self.s[:, :count], self.v[..., :count]
         if self.y.dtype == torch.float64 or bool((s[:, -1] <= SMALLEST * s[:, 0]).any()):
             return self._by_reflections(count)
-        u = torch.empty(*self.y.shape[:2], s.shape[-1], dtype=self.y.dtype, device=s.device)
+        dtype = self.y.dtype
+        if bool((s[:, -1] > WIDE * s[:, 0]).all()):
+            return self.y @ (v / s[:, None]).to(dtype), s.to(dtype), v.to(dtype)
+        u = torch.empty(*self.y.shape[:2], s.shape[-1], dtype=dtype, device=s.device)
         for l, t in blocks(self.y):
             u[l, t] = (self.y[l, t].double() @ (v[l] / s[l, None])).to(u.dtype)
         return u, s.to(u.dtype), v.to(u.dtype)

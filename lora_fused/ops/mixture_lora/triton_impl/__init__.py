@@ -72,8 +72,11 @@ def backward(
         # <A x, B grad> of each pair; few sums over many terms, so in float64.
         dot = (h[0].sum(0).double() * q[0].sum(0).double()).sum(-1).reshape(of_rows)
     if need_weights:
-        one_hot = torch.arange(adapter_ids.shape[0], device=x.device)[:, None] == mixture
-        out[3] = (one_hot.double() @ (dot.sum(1) * scale_sj)).float()
+        grad_sj = dot.sum(1) * scale_sj
+        if row_mixture is not None:  # in a fixed order, which index_add has not
+            one_hot = torch.arange(adapter_ids.shape[0], device=x.device)[:, None] == mixture
+            grad_sj = one_hot.double() @ grad_sj
+        out[3] = grad_sj.float()
     if need_scale:
         out[4] = call.sum_runs((dot * weights_sj[:, None]).reshape(-1), runs)
     return tuple(out)

@@ -33,22 +33,26 @@ def _column_tile(tile, sizes, BLOCK_O: tl.constexpr):
 
 @triton.jit
 def _segment(
-    k, known, start_ptr, rank_ptr, slot_rank, PACKED: tl.constexpr, HAS_RANKS: tl.constexpr
-):
+    k, known, start_ptr, rank_ptr, slot_rank, max_rank,
+    PACKED: tl.constexpr, HAS_RANKS: tl.constexpr,
+):  # fmt: skip
     # Where adapter k begins, in units of the stack's first stride, and its rank; known masks k.
+    # No rank is above max_rank, whatever is stored: h has no room, and the next pair's lies there.
     if PACKED:
         first = tl.load(start_ptr + k, mask=known, other=0)
-        return first.to(tl.int64), tl.load(start_ptr + k + 1, mask=known, other=0) - first
+        rank = tl.load(start_ptr + k + 1, mask=known, other=0) - first
+        return first.to(tl.int64), tl.minimum(rank, max_rank)
     if HAS_RANKS:
-        return k.to(tl.int64), tl.load(rank_ptr + k, mask=known, other=0)
+        return k.to(tl.int64), tl.minimum(tl.load(rank_ptr + k, mask=known, other=0), max_rank)
     return k.to(tl.int64), tl.where(known, slot_rank, 0)
 
 
 @triton.jit
-def _rank_columns(c, m, ids_ptr, J, K, RANK: tl.constexpr):
+def _rank_columns(c, m, ids_ptr, M, J, K, RANK: tl.constexpr):
     # Column c of a mixture's adapters side by side, RANK columns each: (j, adapter, r, known).
+    # A mixture out of range counts as none, so that nothing is read past the ids.
     j = c // RANK
-    k = tl.load(ids_ptr + m * J + j, mask=j < J, other=-1)
+    k = tl.load(ids_ptr + m * J + j, mask=j < tl.where((m >= 0) & (m < M), J, 0), other=-1)
     return j, k, c % RANK, (k >= 0) & (k < K)
 
 

@@ -16,7 +16,7 @@ from lora_fused.ops.mixture_lora.triton_impl.common import (
 def _mixture_lora_decode_kernel(
     x_ptr, a_ptr, b_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr, group_ptr,
     base_ptr, y_ptr,
-    I, O, J, K, rows_per_group, slot_rank, stride_xn, stride_xi,
+    I, O, M, J, K, max_rank, rows_per_group, slot_rank, stride_xn, stride_xi,
     stride_a_first, stride_a_row, stride_a_col, stride_b_first, stride_b_row, stride_b_col,
     stride_base_n, stride_base_o,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_GROUPS: tl.constexpr,
@@ -31,10 +31,11 @@ def _mixture_lora_decode_kernel(
     g, span = _column_tile(tl.program_id(1), O, SPAN)
     columns = _pick(O, g)
     c = tl.arange(0, BLOCK_C)  # [C]
-    j, k, r, known = _rank_columns(c, m, ids_ptr, J, K, RANK)
+    j, k, r, known = _rank_columns(c, m, ids_ptr, M, J, K, RANK)
     start, rank = _segment(
-        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), PACKED, HAS_RANKS
-    )
+        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), max_rank,
+        PACKED, HAS_RANKS,
+    )  # fmt: skip
     live = known & (r < rank)
     r = r.to(tl.int64)
     a_row = _pick(a_ptr, g) + start * _pick(stride_a_first, g) + r * _pick(stride_a_row, g)

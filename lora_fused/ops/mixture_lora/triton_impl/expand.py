@@ -29,7 +29,7 @@ def _finish(acc, base_ptr, y_ptr, row, o, inside, O, stride_n, stride_o, HAS_BAS
 def _mixture_lora_expand_kernel(
     h_ptr, b_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr, group_ptr, order_ptr,
     base_ptr, y_ptr,
-    N, O, J, K, max_rank, slice_size, rows_per_group, slot_rank,
+    N, O, M, J, K, max_rank, slice_size, rows_per_group, slot_rank,
     stride_first, stride_row, stride_col, stride_base_n, stride_base_o,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_GROUPS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BASE: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr,
@@ -48,7 +48,8 @@ def _mixture_lora_expand_kernel(
         group = tl.load(group_ptr + group, mask=live, other=0).to(tl.int64)
     j = tl.arange(0, BLOCK_J)  # [J]
     at = group[:, None] * J + j[None, :]
-    named = live[:, None] & (j[None, :] < J)
+    there = live & (group >= 0) & (group < M)  # a mixture out of range counts as none
+    named = there[:, None] & (j[None, :] < J)
     ids = tl.load(ids_ptr + at, mask=named, other=-1)  # [N, J]
     weight = tl.load(weight_ptr + at, mask=named, other=0.0)
     g, tile = _column_tile(tl.program_id(1), O, BLOCK_O)
@@ -68,10 +69,10 @@ def _mixture_lora_expand_kernel(
         pair = row * J + tl.min(tl.where(match, j[None, :], BLOCK_J), 1)  # [N]
         start, rank = _segment(
             k, k < K, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            PACKED, HAS_RANKS,
+            max_rank, PACKED, HAS_RANKS,
         )  # fmt: skip
         part = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-        for r0 in range(0, rank, BLOCK_R):
+        for r0 in tl.range(0, rank, BLOCK_R, num_stages=2):
             r = r0 + tl.arange(0, BLOCK_R)  # [R]
             slot = mine[:, None] & (r[None, :] < max_rank)
             h_at = pair[:, None] * max_rank + r[None, :]
@@ -97,16 +98,17 @@ def _mixture_lora_expand_kernel(
 @triton.jit
 def _shared_h(
     chunk, g, m, row, mine, h_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr,
-    J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
+    M, J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_SCALE: tl.constexpr,
     SLICES: tl.constexpr, RANK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # A chunk of the mixture's rank columns: weighted h [N, C], offsets of B's rows, live [C].
     c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
-    j, k, r, known = _rank_columns(c, m, ids_ptr, J, K, RANK)
+    j, k, r, known = _rank_columns(c, m, ids_ptr, M, J, K, RANK)
     start, rank = _segment(
-        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), PACKED, HAS_RANKS
-    )
+        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), max_rank,
+        PACKED, HAS_RANKS,
+    )  # fmt: skip
     live = known & (r < rank)
     factor = _factor(m, j, k, live, weight_ptr, _pick(scale_ptr, g), J, HAS_SCALE)
     slot = mine[:, None] & (j < J)[None, :] & (r < max_rank)[None, :]
@@ -120,7 +122,7 @@ def _shared_h(
 def _mixture_lora_expand_shared_kernel(
     h_ptr, b_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr,
     order_ptr, key_ptr, block_ptr, base_ptr, y_ptr,
-    N, O, J, K, max_rank, slice_size, slot_rank,
+    N, O, M, J, K, max_rank, slice_size, slot_rank,
     stride_first, stride_row, stride_col, stride_base_n, stride_base_o,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_BASE: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, TERMS: tl.constexpr,
@@ -145,7 +147,7 @@ def _mixture_lora_expand_shared_kernel(
             tl.extra.cuda.gdc_wait()
         first_h, first_row, first_live = _shared_h(
             0, g, m, row, mine, h_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr, scale_ptr,
-            J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
+            M, J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
             PACKED, HAS_RANKS, HAS_SCALE, SLICES, RANK, BLOCK_C,
         )  # fmt: skip
         last = tl.minimum(span * SPAN + SPAN, columns)
@@ -158,8 +160,8 @@ def _mixture_lora_expand_shared_kernel(
                 else:
                     h, b_row, live = _shared_h(
                         chunk, g, m, row, mine, h_ptr, start_ptr, rank_ptr, ids_ptr, weight_ptr,
-                        scale_ptr, J, K, max_rank, slice_size, slot_rank, stride_first, stride_row,
-                        PACKED, HAS_RANKS, HAS_SCALE, SLICES, RANK, BLOCK_C,
+                        scale_ptr, M, J, K, max_rank, slice_size, slot_rank, stride_first,
+                        stride_row, PACKED, HAS_RANKS, HAS_SCALE, SLICES, RANK, BLOCK_C,
                     )  # fmt: skip
                 b = tl.load(
                     _pick(b_ptr, g) + b_row[:, None] + o[None, :] * _pick(stride_col, g),

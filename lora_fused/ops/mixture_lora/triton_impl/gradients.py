@@ -15,7 +15,7 @@ def _mixture_lora_outer_kernel(
 ):  # fmt: skip
     """Ranks of one adapter times a tile of columns: the sum over pairs of factor * h (x) x."""
     k = tl.program_id(0)
-    start, rank = _segment(k, k >= 0, start_ptr, rank_ptr, slot_rank, PACKED, HAS_RANKS)
+    start, rank = _segment(k, k >= 0, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS)
     if tl.program_id(1) * BLOCK_R < rank:
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
         c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)  # [C]

@@ -45,7 +45,8 @@ SHARED = {64: Tile(64, 64, 4, 512), 128: Tile(128, 64, 8, 512)}
 
 def slice_of(columns: int) -> int:
     """Columns of one shrink program: as few as keep the slices of h (4 bytes each) cheap."""
-    return 512 if columns <= 2048 else 1024
+    width = 512 if columns <= 2048 else 1024
+    return max(width, triton.cdiv(columns, 8 * width) * width)  # 8 slices at most
 
 
 def precision() -> str:
@@ -89,13 +90,13 @@ class Call:
     count: int
 
     def __post_init__(self):
-        mixtures, self.per_row = self.adapter_ids.shape
+        self.mixtures, self.per_row = self.adapter_ids.shape
         self.pairs = self.rows * self.per_row
-        self.groups = mixtures if self.row_mixture is None else self.row_mixture.shape[0]
-        self.shared = plans.is_shared(self.rows, mixtures)
+        self.groups = self.mixtures if self.row_mixture is None else self.row_mixture.shape[0]
+        self.shared = plans.is_shared(self.rows, self.mixtures)
         self.empty = 0 in (self.pairs, self.count, self.max_rank)
         self.rank_block = max(16, triton.next_power_of_2(self.max_rank))
-        self.block = plans.block_size(self.rows, mixtures)
+        self.block = plans.block_size(self.rows, self.mixtures)
 
     def planned(self) -> plans.MixturePlan:
         if self.plan is None:
@@ -105,15 +106,15 @@ class Call:
     @property
     def blocks(self) -> int:
         """An upper bound on the plan's blocks that needs no reading."""
-        units, keys = (self.rows, self.adapter_ids.shape[0]) if self.shared else (
-            self.pairs, self.count
-        )  # fmt: skip
+        units, keys = self.pairs, self.count
+        if self.shared:  # one key more on either side of the mixtures: those out of range
+            units, keys = self.rows, self.mixtures + 2
         return min(units, triton.cdiv(units, self.block) + min(keys, units))
 
-    def chunks(self, side: Tensor, most: int = 128) -> tuple[int, int]:
+    def chunks(self, itemsize: int, most: int = 128) -> tuple[int, int]:
         """Rank columns of one product (at most so many bytes), and how many such chunks."""
         columns = self.rank_block * (max(self.per_row, 1) if self.shared else 1)
-        chunk = min(most // side.itemsize, triton.next_power_of_2(columns))
+        chunk = min(most // itemsize, triton.next_power_of_2(columns))
         return chunk, triton.cdiv(columns, chunk)
 
     def stack(self, sides: list[Tensor]) -> tuple:
@@ -135,16 +136,18 @@ class Call:
             return h if zero else h.zero_()
         row_start, ranks, slots, form = self.stack(sides)
         plan, pdl = self.planned(), _pdl()
-        chunk, chunks = self.chunks(sides[0])
+        itemsize = max(x.itemsize, sides[0].itemsize)
+        chunk, chunks = self.chunks(itemsize)
         _mixture_lora_shrink_kernel[(self.blocks, len(sides) * chunks, slices)](
             x, tuple(sides), row_start, ranks, self.adapter_ids,
             plan.order, plan.key, plan.block_start, tuple(h),
-            columns, self.per_row, self.count, plan.order.shape[0], self.pairs, self.max_rank,
-            width, slots, *x.stride(), *_strides(sides),
+            columns, self.mixtures, self.per_row, self.count, plan.order.shape[0], self.pairs,
+            self.max_rank, width, slots, *x.stride(), *_strides(sides),
             **form, SHARED=self.shared, PDL=bool(pdl), PRECISION=precision(),
             RANK=self.rank_block, CHUNKS=chunks,
-            BLOCK_U=self.block, BLOCK_C=chunk, num_warps=8 if self.shared else 4,
-            BLOCK_I=(128 if self.shared else 256) // max(x.itemsize, sides[0].itemsize),
+            BLOCK_U=self.block, BLOCK_C=chunk,
+            num_warps=8 if self.shared or itemsize == 4 or chunk == 64 else 4,  # fewer spill
+            BLOCK_I=(128 if self.shared else 256) // itemsize,
         )  # fmt: skip
         return h
 
@@ -170,20 +173,22 @@ class Call:
         tile = self.tile
         spans = sum(triton.cdiv(size, tile.span) for size in sizes)
         if self.shared:
-            chunk, chunks = self.chunks(sides[0])
+            full = sides[0].itemsize == 4  # float32 operands are cut in three on NVIDIA
+            chunk, chunks = self.chunks(sides[0].itemsize)
             if chunks > 1:  # h is then loaded within the loop, and large ones spill
-                chunk, chunks = self.chunks(sides[0], 64)
+                chunk, chunks = self.chunks(sides[0].itemsize, 64)
             _mixture_lora_expand_shared_kernel[(self.blocks, spans)](
                 tuple(h), *stack, scale, plan.order, plan.key, plan.block_start, *out,
-                self.rows, sizes, self.per_row, count, self.max_rank, slice_size, *tail,
+                self.rows, sizes, self.mixtures, self.per_row, count, self.max_rank, slice_size,
+                *tail,
                 **form, RANK=self.rank_block, CHUNKS=chunks, BLOCK_N=tile.rows,
-                BLOCK_C=chunk, BLOCK_O=min(tile.columns, 128 // sides[0].itemsize), SPAN=tile.span,
-                num_warps=tile.warps, num_stages=1 if sides[0].itemsize == 4 else 3, **pdl,
+                BLOCK_C=chunk, BLOCK_O=16 if full else tile.columns, SPAN=tile.span,
+                num_warps=tile.warps, num_stages=1 if full else 3, **pdl,
             )  # fmt: skip
             return
         _mixture_lora_expand_kernel[(triton.cdiv(self.rows, tile.rows), spans)](
             tuple(h), *stack, scale, self.row_mixture, plan.row_order, *out,
-            self.rows, sizes, self.per_row, count, self.max_rank, slice_size,
+            self.rows, sizes, self.mixtures, self.per_row, count, self.max_rank, slice_size,
             self.rows // self.groups, *tail,
             **form, HAS_GROUPS=self.row_mixture is not None, BLOCK_N=tile.rows,
             BLOCK_J=triton.next_power_of_2(max(self.per_row, 1)),
@@ -209,10 +214,10 @@ class Call:
         _mixture_lora_decode_kernel[(self.rows, spans)](
             x, tuple(lora_a), tuple(lora_b), row_start, ranks, self.adapter_ids, self.weights,
             self.scale or none, self.row_mixture, tuple(bases) or none, tuple(outs),
-            x.shape[1], sizes, self.per_row, self.count, self.rows // self.groups, slots,
-            *x.stride(), *_strides(lora_a), *_strides(lora_b), *_row_strides(bases, outs),
-            **form, HAS_GROUPS=self.row_mixture is not None, HAS_SCALE=bool(self.scale),
-            HAS_BASE=bool(bases), RANK=self.rank_block, BLOCK_C=columns,
+            x.shape[1], sizes, self.mixtures, self.per_row, self.count, self.max_rank,
+            self.rows // self.groups, slots, *x.stride(), *_strides(lora_a), *_strides(lora_b),
+            *_row_strides(bases, outs), **form, HAS_GROUPS=self.row_mixture is not None,
+            HAS_SCALE=bool(self.scale), HAS_BASE=bool(bases), RANK=self.rank_block, BLOCK_C=columns,
             BLOCK_I=8192 // columns, BLOCK_O=8192 // columns, SPAN=plans.SPAN, num_warps=8,
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from lora_fused.ops.mixture_lora.triton_impl.common import _pick, _rank_columns,
 @triton.jit
 def _mixture_lora_shrink_kernel(
     x_ptr, a_ptr, start_ptr, rank_ptr, ids_ptr, order_ptr, key_ptr, block_ptr, h_ptr,
-    I, J, K, units, pairs, max_rank, slice_columns, slot_rank,
+    I, M, J, K, units, pairs, max_rank, slice_columns, slot_rank,
     stride_xn, stride_xi, stride_first, stride_row, stride_col,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
     PRECISION: tl.constexpr, RANK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -31,7 +31,7 @@ def _mixture_lora_shrink_kernel(
         unit = tl.load(order_ptr + offset, mask=mine, other=0).to(tl.int64)
         c = tl.program_id(1) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
         if SHARED:
-            j, k, r, known = _rank_columns(c, key.to(tl.int64), ids_ptr, J, K, RANK)
+            j, k, r, known = _rank_columns(c, key.to(tl.int64), ids_ptr, M, J, K, RANK)
             row = unit
             pair = unit[:, None] * J + j[None, :]  # [U, C]
         else:
@@ -41,7 +41,7 @@ def _mixture_lora_shrink_kernel(
             pair = unit[:, None]
         start, rank = _segment(
             k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            PACKED, HAS_RANKS,
+            max_rank, PACKED, HAS_RANKS,
         )  # fmt: skip
         live = known & (r < rank)
         if tl.max(live.to(tl.int32), 0) > 0:

@@ -42,6 +42,14 @@ class Directions(nn.Module):
         self.total, self.count = float(total), count
         self.keeps_mean, self.augmented = keeps_mean, augmented
 
+    def _apply(self, fn, recurse=True):
+        # model.half() converts the basis; what a later add() goes on with stays exact.
+        spectrum, mean = self.spectrum, self.mean
+        super()._apply(fn, recurse)
+        self.spectrum = spectrum.to(self.basis.device)
+        self.mean = None if mean is None else mean.to(self.basis.device)
+        return self
+
     def __len__(self) -> int:
         return self.basis.shape[0]
 

@@ -222,6 +222,8 @@ class Subspace:
             The Parameters, of exactly this task (others are frozen): for the optimiser. They live
             in ``cores``; ``cores.freeze()`` ends training.
         """
+        if name in self.cores:  # said before freeze() ends the training of another task
+            raise invalid("Subspace.new_task", "name", "be new to the subspace", repr(name))
         if isinstance(start, Adapter):
             core = dataclasses.replace(self.project(start), name=name)
         else:

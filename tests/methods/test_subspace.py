@@ -309,3 +309,21 @@ def test_clusters_find_planted_groups():
     assert product(three.reconstruct("a4").modules["q"]).any() and "3 parts" in repr(three)
     with pytest.raises(ValueError, match="name must be an adapter of a part, got 'a99'"):
         three.part_of("a99")
+
+
+def test_a_taken_name_leaves_the_task_in_training_as_it_is():
+    subspace = fit_subspace(make_bank(), rank=6, method="hosvd")
+    parameters = subspace.new_task("mine", rank=2)
+    with pytest.raises(ValueError, match="name must be new to the subspace, got 'a0'"):
+        subspace.new_task("a0")
+    assert all(p.requires_grad for p in parameters)
+    assert all(p is q for p, q in zip(parameters, subspace.cores.trainable(["mine"]), strict=True))
+
+
+def test_a_model_in_half_precision_leaves_the_spectrum_exact():
+    subspace = fit_subspace(make_bank(), rank=6, keep_mean=True)
+    side = subspace.bases["q"].a
+    spectrum, mean = side.spectrum.clone(), side.mean.clone()
+    side.half()
+    assert side.basis.dtype == torch.float16
+    assert torch.equal(side.spectrum, spectrum) and torch.equal(side.mean, mean)

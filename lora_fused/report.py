@@ -34,7 +34,7 @@ summary { cursor: pointer; color: #23508e; margin: .6rem 0; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font: 10px system-ui, sans-serif; fill: #1c2430; } svg .faint { fill: #566170; }
 .axis { stroke: #aab2bd; stroke-width: 1; fill: none; } .rule { stroke: #e6e9ed; }
-.band { fill: #8b95a3; fill-opacity: .35; } .null { stroke: #6b7584; } .dot { fill: #1f5fa8; }
+.band { fill: #6b7584; fill-opacity: .55; } .null { stroke: #6b7584; } .dot { fill: #1f5fa8; }
 .first, .second, .null { fill: none; stroke-width: 1.6; } .first { stroke: #1f5fa8; }
 .second { stroke: #c2541b; stroke-dasharray: 4 2; } .null { stroke-dasharray: 1 2; }
 .tree { fill: none; stroke: #566170; }
@@ -164,9 +164,9 @@ def tracks(rows: Sequence[Track], low: float, high: float, label: str) -> str:
         drawn.append(_text(x(value), 10, f"{value:.3g}", anchor=anchor, faint=True))
     for i, row in enumerate(rows):
         y = 16 + height * i
-        null = f"null {row.low:.3f}" + (f" to {row.high:.3f}" if row.high > row.low else "")
+        null = " to ".join(dict.fromkeys(f"{bound:.3f}" for bound in (row.low, row.high)))
         drawn.append(_text(6, y + 10, shortened(row.label, 42), row.label))
-        told = f"{row.value:.3f}, {null}"
+        told = f"{row.value:.3f}, null {null}"
         drawn.append(_text(WIDTH - 6, y + 10, told, anchor="end", faint=True))
         start, end = x(row.low) - 2.5, x(row.high) + 2.5
         drawn.append(f'<path class="axis" d="M6 {y + 18}H{WIDTH - 6}"/>')

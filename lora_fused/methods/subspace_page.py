@@ -31,7 +31,9 @@ def html(report) -> str:
     found = report.verdict
     title = f"Subspace of {len(report.fitted.names)} adapters: {found.label}"
     parts = [heading(title, 1), paragraph(_subtitle(report), "note")]
-    parts.append(verdict(found.sentences, _CSS.get(found.label, "")))
+    css = _CSS.get(found.label, "")
+    css = "weak" if css == "good" and report.shared_a else css
+    parts.append(verdict(found.sentences, css))
     parts.append(table(["", ""], report.figures()))
     parts += _held_out(report) + _scree(report) + _map(report) + _initialisations(report)
     return page(title, [*parts, *_tables(report), *_notes(report)])
@@ -42,6 +44,9 @@ def _subtitle(report) -> str:
     size = f"P = {options.rank}" if options.rank else f"energy {options.energy:g}"
     parts = [options.method, size, f"{len(report.scree)} modules"]
     told = ", ".join([*parts, f"{len(report.null_fitted)} draws of the null"])
+    idle = [module for module in report.fitted.modules if module not in report.scree]
+    if idle:
+        told += f". No adapter changes {', '.join(idle)}"
     if report.skipped:
         told += f". Not in both bank and subspace, so left out: {', '.join(report.skipped)}"
     return told

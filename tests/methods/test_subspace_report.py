@@ -130,6 +130,10 @@ def test_one_random_a_is_named():
     report = reported(make_bank(1.0, one_a=True))
     assert [len(group["adapters"]) for group in report.shared_a] == [8]
     assert any("8 of 8 adapters share one random A" in s for s in report.verdict.sentences)
+    seeded = reported(make_bank(0.0, one_a=True), rank=8, null_draws=1)
+    assert seeded.verdict.label == "shared" and "Train some from other seeds" in str(seeded)
+    assert 'class="verdict weak"' in seeded.to_html()
+    assert 'class="verdict good"' in reported(make_bank(0.0), null_draws=1).to_html()
 
 
 def test_only_what_both_have_is_compared():
@@ -138,6 +142,14 @@ def test_only_what_both_have_is_compared():
     subspace.new_task("mine")
     report = subspace_report(subspace, bank, progress=False)
     assert report.skipped == ["a6", "a7", "mine"] and len(report.fitted.names) == 6
+
+
+def test_modules_that_nobody_changes_have_no_error():
+    bank = make_bank(0.1)
+    bank.stacks["v"].lora_b.zero_()
+    report = reported(bank, null_draws=1)
+    assert [m["module"] for m in report.modules()] == ["q"]
+    assert "No adapter changes v" in report.to_html() and report.verdict.label == "shared"
 
 
 def test_progress_counts_every_fit():

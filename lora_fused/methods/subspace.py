@@ -232,6 +232,12 @@ class Subspace:
         self.cores.add(core)
         return self.cores.trainable([name])
 
+    def report(self, bank: AdapterBank, **options):
+        """Whether the adapters share anything: see ``subspace_report``."""
+        from lora_fused.methods.subspace_report import subspace_report  # which imports this module
+
+        return subspace_report(self, bank, **options)
+
     @torch.no_grad()
     def initial_adapter(
         self, name: str, *, rank: int = 8, alpha: float | None = None, strength: float = 0.0

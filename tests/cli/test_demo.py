@@ -9,8 +9,8 @@ import torch
 from lora_fused.cli import demo_tasks
 from lora_fused.cli.demo_peft import PeftRows, groups
 from lora_fused.cli.demo_serve import compare, example_rows, mixed_batch
-from lora_fused.cli.facts import shared_initialisations
 from lora_fused.io import load_adapters, read_adapter
+from lora_fused.methods.initialisations import shared_initialisations
 from lora_fused.nn import attach
 
 transformers = pytest.importorskip("transformers")

@@ -1,22 +1,14 @@
 // mixture_lora on CPU tensors: lora_fused::mixture_lora_{fwd,bwd}_native on torch's stable ABI.
 // Schemas are defined in lora_fused/ops/mixture_lora/registration.py, which also checks arguments.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "mixture_lora_engine.h"
 
 namespace lora_fused {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kPlanRows = 1024;  // rows handled at a time: bounds scratch in long prefills
 
@@ -37,16 +29,7 @@ const MixtureKernels& kernels_in_use() {
 }
 
 Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "mixture_lora: ", name, " must be float32, float16 or bfloat16");
-  }
+  return lora_fused::dtype_of(t, "mixture_lora", name);
 }
 
 template <class T>

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.traffic import works
-from benchmarks.traffic.works import Contender, Problem, Work
+from benchmarks.traffic.works import Contender, Problem, Work, arguments
 from lora_fused.ops import mixture_lora
 from lora_fused.ops.mixture_lora.plan import make_plan
 
@@ -48,7 +48,7 @@ def moved(problem: Problem, device: torch.device, *, with_base: bool = True) -> 
 
 def rounded(problem: Problem) -> Tensor:
     """The update by the reference in the problem's dtype; its error sets the tolerance."""
-    args, options = _arguments(problem)
+    args, options = arguments(problem)
     return mixture_lora(*args, **options | {"base": None}, impl="reference")
 
 
@@ -56,12 +56,12 @@ def ours() -> dict[str, Contender]:
     """The Triton kernels with a plan made outside, as for all layers but the first, and inside."""
 
     def build(problem: Problem) -> Callable[[], Tensor]:
-        args, options = _arguments(problem)
+        args, options = arguments(problem)
         plan = make_plan(problem.ids, options["row_mixture"], problem.work.N)
         return lambda: mixture_lora(*args, **options, plan=plan, impl="triton")
 
     def build_plan_inside(problem: Problem) -> Callable[[], Tensor]:
-        args, options = _arguments(problem)
+        args, options = arguments(problem)
         return lambda: mixture_lora(*args, **options, impl="triton")
 
     return {"triton": build, "triton_plan_inside": build_plan_inside}
@@ -101,14 +101,6 @@ def floors(problem: Problem) -> list[Floor]:
 def compulsory(problem: Problem) -> int:
     """Bytes that every way must move, read and written."""
     return problem.compulsory_read + problem.compulsory_written
-
-
-def _arguments(problem: Problem) -> tuple[tuple, dict]:
-    work, device = problem.work, problem.x.device
-    weights = torch.full(problem.ids.shape, 1 / work.J, device=device)
-    args = (problem.x, problem.lora_a, problem.lora_b, problem.row_start, problem.ids, weights)
-    groups = torch.arange(work.M, dtype=torch.int32, device=device)
-    return args, {"row_mixture": groups, "max_rank": work.R, "base": problem.base}
 
 
 def _why_no_flashinfer() -> str | None:

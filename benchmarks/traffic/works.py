@@ -94,6 +94,15 @@ class Problem:
         return self.lora_a.view(work.K, work.R, work.I), self.lora_b.view(work.K, work.R, work.O)
 
 
+def arguments(problem: Problem) -> tuple[tuple, dict]:
+    """What mixture_lora is called with for a problem, on the problem's device."""
+    work, device = problem.work, problem.x.device
+    weights = torch.full(problem.ids.shape, 1 / work.J, device=device)
+    args = (problem.x, problem.lora_a, problem.lora_b, problem.row_start, problem.ids, weights)
+    groups = torch.arange(work.M, dtype=torch.int32, device=device)
+    return args, {"row_mixture": groups, "max_rank": work.R, "base": problem.base}
+
+
 Contender = Callable[[Problem], Callable[[], Tensor]]
 
 
@@ -103,10 +112,7 @@ def ours() -> dict[str, Contender]:
         return {}
 
     def build(problem: Problem) -> Callable[[], Tensor]:
-        weights = torch.full(problem.ids.shape, 1 / problem.work.J)
-        args = (problem.x, problem.lora_a, problem.lora_b, problem.row_start, problem.ids, weights)
-        groups = torch.arange(problem.work.M, dtype=torch.int32)
-        options = {"row_mixture": groups, "max_rank": problem.work.R, "base": problem.base}
+        args, options = arguments(problem)
         return lambda: mixture_lora(*args, **options, impl="triton")
 
     return {"triton": build}

@@ -1,15 +1,5 @@
-// AVX2 with FMA and F16C, 8 lanes.
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LF_SIMD 1
+// AVX2, 8 lanes.
 #define LF_WIDTH 8
 #define LF_NS avx2
-#include "mixture_lora_body.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#endif
+#define LF_BODY "../mixture_lora/mixture_lora_body.h"
+#include "../common/for_avx2.h"

@@ -2,8 +2,6 @@
 // Schemas are defined in lora_fused/ops/mixture_lora/registration.py, which also checks arguments.
 #include "mixture_lora_cpu.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
 namespace lora_fused {
@@ -24,34 +22,14 @@ const MixtureKernels& kernels_in_use() {
   return generic::mixture_kernels;
 }
 
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "mixture_lora: ", name, " must be float32, float16 or bfloat16");
-  }
-}
-
 namespace {
 
-template <class T>
-const T* pointer(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
+constexpr char kOp[] = "mixture_lora";
 
 Side side_of(const Tensor& t, const char* name) {
   const bool packed = t.dim() == 2;
   const int64_t last = t.dim() - 1;
-  return {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, name), t.size(last),
+  return {static_cast<const char*>(t.const_data_ptr()), dtype_of(t, kOp, name), t.size(last),
           packed ? 0 : t.stride(0), t.stride(last - 1), t.stride(last)};
 }
 
@@ -108,9 +86,9 @@ struct Call {
 
 }  // namespace
 
-Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name, int64_t first,
-              int64_t last, std::vector<float>& copy) {
-  const Dtype dtype = dtype_of(t, name);
+Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* op, const char* name,
+              int64_t first, int64_t last, std::vector<float>& copy) {
+  const Dtype dtype = dtype_of(t, op, name);
   const char* data = static_cast<const char*>(t.const_data_ptr());
   const int64_t columns = t.size(1), row = t.stride(0), column = t.stride(1);
   if (dtype == Dtype::f32 && (column == 1 || columns <= 1))
@@ -135,7 +113,7 @@ Tensor mixture_forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora
   require(!base || (base->dim() == 2 && base->size(0) == rows && base->size(1) == columns), "base");
   Tensor y = torch::stable::new_empty(base ? *base : x, {rows, columns});
   Output output = {nullptr, Dtype::f32, 0, static_cast<char*>(y.mutable_data_ptr()),
-                   dtype_of(y, "base"), columns};
+                   dtype_of(y, kOp, "base"), columns};
   OptionalTensor base_rows = base;
   if (base) {
     if (base->stride(1) != 1) base_rows = torch::stable::contiguous(*base);
@@ -145,7 +123,7 @@ Tensor mixture_forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora
   }
   for (int64_t n = 0; n < rows; n += kPlanRows) {
     const int64_t end = std::min(n + kPlanRows, rows);
-    const Rows x_rows = as_float(kernels, x, "x", n, end, widened);
+    const Rows x_rows = as_float(kernels, x, kOp, "x", n, end, widened);
     make_plan(call.stack, call.route, n, end, false, plan);
     float* coef = scratch(h, plan.h_size);
     shrink_rows(kernels, call.stack, call.stack.a, plan, x_rows, true, coef);
@@ -202,8 +180,8 @@ MixtureGrads mixture_backward(
   const bool need_x = needs & 1, need_a = needs & 2, need_b = needs & 4;
   const bool need_weights = needs & 8, need_scale = needs & 16;
   std::vector<float> x_copy, grad_copy, h, q;
-  const Rows x_rows = as_float(kernels, x, "x", 0, x.size(0), x_copy);
-  const Rows grad_rows = as_float(kernels, grad, "grad", 0, x.size(0), grad_copy);
+  const Rows x_rows = as_float(kernels, x, kOp, "x", 0, x.size(0), x_copy);
+  const Rows grad_rows = as_float(kernels, grad, kOp, "grad", 0, x.size(0), grad_copy);
   Plan plan;
   make_plan(stack, call.route, 0, x.size(0), true, plan);
   h.resize(plan.h_size);
@@ -231,7 +209,7 @@ MixtureGrads mixture_backward(
   if (need_x)
     expand_rows(kernels, stack, stack.a, plan, q.data(),
                 {nullptr, Dtype::f32, 0, static_cast<char*>(grad_x.mutable_data_ptr()),
-                 dtype_of(x, "x"), x.size(1)});
+                 dtype_of(x, kOp, "x"), x.size(1)});
   if (need_a)
     outer_rows(kernels, stack, plan, q.data(), x_rows, stack.a.columns,
                static_cast<char*>(grad_a.mutable_data_ptr()), stack.a.dtype);

@@ -1,30 +1,23 @@
 // mixture_lora on CPU tensors, for its operators and for subspace_lora, whose cores are adapters too.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/tensors.h"
 #include "mixture_lora_engine.h"
 
 namespace lora_fused {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using MixtureGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kPlanRows = 1024;  // rows handled at a time: bounds scratch in long prefills
 
 const MixtureKernels& kernels_in_use();
-Dtype dtype_of(const Tensor& t, const char* name);
 
 // Rows [first, last) as float32: in place where they are, else widened into `copy`.
-Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* name, int64_t first,
-              int64_t last, std::vector<float>& copy);
+Rows as_float(const MixtureKernels& kernels, const Tensor& t, const char* op, const char* name,
+              int64_t first, int64_t last, std::vector<float>& copy);
 
 // The operators of registration.py.
 Tensor mixture_forward(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,

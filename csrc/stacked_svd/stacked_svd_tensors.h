@@ -1,23 +1,15 @@
 // What both of stacked_svd's operators on CPU tensors need: arguments, and rows in blocks.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/tensors.h"
 #include "stacked_svd_kernels.h"
 
 namespace lora_fused {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBlocksPerThread = 4;  // threads wait for one another twice in so many blocks
 
@@ -34,19 +26,6 @@ inline const SvdKernels& kernels_in_use() {
   }
 #endif
   return generic::svd_kernels;
-}
-
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "stacked_svd: stack must be float32, float16 or bfloat16");
-  }
 }
 
 // Float32 arguments, contiguous, of the size they must have.
@@ -74,7 +53,7 @@ struct Item {
 // All rows in blocks, layer after layer.
 inline std::vector<Item> blocks_of(const Tensor& x, const float* mean_li) {
   const int64_t rows = x.size(1), columns = x.size(2);
-  const Dtype dtype = dtype_of(x);
+  const Dtype dtype = dtype_of(x, "stacked_svd", "stack");
   std::vector<Item> items;
   for (int64_t l = 0; l < x.size(0); ++l)
     for (int64_t t = 0; t < rows; t += kRows) {

@@ -4,8 +4,6 @@
 // Three stages: z = x basis_a^T, t = the row's cores applied to z, y = base + t basis_b. A basis is
 // an adapter that all rows share and a core is an adapter of P columns, so all loops are
 // mixture_lora's, with what it promises: a row's bits depend on nothing but the row.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -15,19 +13,12 @@
 namespace lora_fused {
 namespace {
 
+constexpr char kOp[] = "subspace_lora";
+
 using Sizes = std::vector<int64_t>;
 
 void require(bool fits, const char* what) {
   STD_TORCH_CHECK(fits, "subspace_lora: ", what, " must fit the other arguments");
-}
-
-template <class T>
-const T* pointer(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
 }
 
 // The arguments that forward and backward share, what keeps their memory alive, and the rows that
@@ -53,7 +44,7 @@ struct Call {
       return !t || (t->dim() == 1 && t->scalar_type() == dtype && t->size(0) == size);
     };
     require(basis_a.dim() == 2 && basis_b.dim() == 2, "the bases");
-    require(dtype_of(basis_a, "basis_a") == dtype_of(basis_b, "basis_b"), "the bases");
+    require(dtype_of(basis_a, kOp, "basis_a") == dtype_of(basis_b, kOp, "basis_b"), "the bases");
     const int64_t p = basis_a.size(0), q = basis_b.size(0);
     require(pairs() == core_b.has_value(), "cores");
     if (pairs()) {
@@ -98,7 +89,7 @@ struct Call {
 
 // A basis as mixture_lora's loops see it: one adapter, whose ranks are the directions.
 Stack one_adapter(const Tensor& basis) {
-  const Side side = {static_cast<const char*>(basis.const_data_ptr()), dtype_of(basis, "basis"),
+  const Side side = {static_cast<const char*>(basis.const_data_ptr()), dtype_of(basis, kOp, "basis"),
                      basis.size(1), 0, basis.stride(0), basis.stride(1)};
   return {side, side, nullptr, nullptr, 1, basis.size(0), basis.size(0)};
 }
@@ -132,7 +123,7 @@ Tensor project(const Call& call, const Tensor& rows, const char* name, const Ten
     const int64_t end = std::min(n + kPlanRows, count);
     plan_basis(call, n, end, directions, plan);
     float* const at = out + n * directions;
-    shrink_rows(kernels, stack, stack.a, plan, as_float(kernels, rows, name, n, end, widened),
+    shrink_rows(kernels, stack, stack.a, plan, as_float(kernels, rows, kOp, name, n, end, widened),
                 false, at);
     // Live rows lie side by side: move them to their places, the last first.
     int64_t from = int64_t(plan.row.size());
@@ -156,7 +147,7 @@ Tensor lift(const Call& call, const Tensor& t, const Tensor& basis, const Option
   const Stack stack = one_adapter(basis);
   Tensor y = torch::stable::new_empty(t, Sizes{count, columns}, dtype);
   Output output = {nullptr, Dtype::f32, 0, static_cast<char*>(y.mutable_data_ptr()),
-                   dtype_of(y, "base"), columns};
+                   dtype_of(y, kOp, "base"), columns};
   OptionalTensor base_rows = base;
   if (base) {
     require(base->dim() == 2 && base->size(0) == count && base->size(1) == columns, "base");
@@ -190,7 +181,7 @@ struct Unit {
     const uint16_t half = core.scalar_type() == ScalarType::Half ? 0x3c00 : 0x3f80;
     const float one = 1.0f;
     char* const data = static_cast<char*>(memory.mutable_data_ptr());
-    const int64_t size = dtype_size(dtype_of(core, "cores"));
+    const int64_t size = dtype_size(dtype_of(core, kOp, "cores"));
     for (int64_t i = 0; i < q; ++i)
       std::memcpy(data + i * (q + 1) * size, size == 4 ? (const void*)&one : &half, size);
     lora_b = torch::stable::from_blob(data, Sizes{count, q, q}, Sizes{0, q, 1}, core.device(),

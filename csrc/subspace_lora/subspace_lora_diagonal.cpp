@@ -16,7 +16,7 @@ struct Diagonals {
 
   Diagonals(const MixtureKernels& table, const Tensor& cores)
       : kernels(table), data(static_cast<const char*>(cores.const_data_ptr())),
-        dtype(dtype_of(cores, "cores")), directions(cores.size(1)), stride_row(cores.stride(0)),
+        dtype(dtype_of(cores, "subspace_lora", "cores")), directions(cores.size(1)), stride_row(cores.stride(0)),
         stride_col(cores.stride(1)) {}
 
   const float* at(int64_t k, std::vector<float>& copy) const {

@@ -65,10 +65,10 @@ class Plans:
 
 
 def _is_one_launch(x: Tensor, route: Route, stack: AdapterStack) -> bool:
-    lora_a, lora_b = stack.factors()
-    rank = lora_a.shape[1] if stack.row_start is None else stack.max_rank
+    # The buffers: factors() would join those in training, for their sizes alone.
+    rank = plans.scratch_rank(stack.lora_a, stack.row_start, stack.max_rank)
     x_ni = x.reshape(-1, x.shape[-1])
-    return plans.is_one_launch(x_ni, [lora_b], route.adapter_ids.shape[1], rank)
+    return plans.is_one_launch(x_ni, [stack.lora_b], route.adapter_ids.shape[1], rank)
 
 
 def _make(x: Tensor, route: Route, count: int) -> plans.MixturePlan:

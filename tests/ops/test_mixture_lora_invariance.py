@@ -1,13 +1,10 @@
 """Native results depend on a row alone: not on its batch, the threads, or the storage form."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.isas import ISAS, assert_tests_pass, digests_of, in_process
 from support.mixture_lora import DTYPES, FORMS, LEAVES, gradients, name, problem, require, run
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -107,45 +104,19 @@ def test_repeated_calls_are_equal():
         assert all(torch.equal(again[leaf], grads[leaf]) for leaf in LEAVES)
 
 
-def in_process(isa: str, *command: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "LORA_FUSED_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=TESTS.parent, capture_output=True, text=True
-    )
-
-
-def isas() -> list[str]:
-    from lora_fused import _C
-
-    return _C.isas()
-
-
-@pytest.mark.parametrize("isa", ("generic", "avx2", "avx2_w16", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_passes(isa):
-    if isa not in isas():
-        pytest.skip(f"{isa}: this CPU does not have it")
     chosen = (
         "native and (negative_control or TestEdges or gradients_match or other_rows or alone"
         " or (matches_reference and float32-bfloat16 and not N1500))"
     )
     files = [str(TESTS / "ops" / f"test_mixture_lora{part}.py") for part in ("", "_invariance")]
-    done = in_process(
-        isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    assert_tests_pass(isa, chosen, *files)
 
 
 def test_isas_of_the_same_width_agree_bitwise():
     """The wide body computes the same with 16 lanes of AVX-512 as with two times 8 of AVX2."""
-    found = {}
-    for isa in ("avx2_w16", "avx512"):
-        if isa not in isas():
-            pytest.skip(f"{isa}: this CPU does not have it")
-        done = in_process(isa, str(TESTS / "support" / "digest.py"))
-        assert done.returncode == 0, done.stderr
-        found[isa] = json.loads(done.stdout)
-        assert found[isa]["isa"] == isa
+    found = digests_of(("avx2_w16", "avx512"), str(TESTS / "support" / "digest.py"))
     assert found["avx2_w16"]["digests"] == found["avx512"]["digests"]
 
 
@@ -153,7 +124,6 @@ def test_an_unknown_isa_is_an_error():
     from lora_fused import backends
 
     code = "from lora_fused import backends; print(backends.ERRORS['native'])"
-    done = in_process("sse9", "-c", code)
-    said = done.stdout + done.stderr
+    said = in_process("sse9", "-c", code)
     assert "LORA_FUSED_ISA must be one of" in said and "sse9" in said
     assert backends.ERRORS["native"] is None

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.isas import ISAS, in_process, usable
+from support.isas import ISAS, assert_tests_pass, digests_of, usable
 from support.stacked_svd import DTYPES, excess, matrix, missing, true_error
 
 from lora_fused import testing
@@ -155,13 +155,8 @@ def test_refuses_what_would_read_out_of_bounds(place, wrong):
 @native_only
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_passes(isa):
-    if isa not in usable():
-        pytest.skip(f"{isa}: this CPU does not have it")
     chosen = "matches or strides or adds or threads or layers"
-    said = in_process(
-        isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__
-    )
-    assert " passed" in said and "skipped" not in said
+    assert_tests_pass(isa, chosen, __file__)
 
 
 @native_only
@@ -169,8 +164,7 @@ def test_vector_widths_agree_bitwise():
     wide = [isa for isa in ISAS[1:] if isa in usable()]
     if len(wide) < 2:
         pytest.skip("this CPU has a single vector width")
-    found = {isa: json.loads(in_process(isa, __file__)) for isa in wide}
-    assert all(found[isa].pop("isa") == isa for isa in wide)
+    found = digests_of(wide, __file__)
     assert all(found[isa] == found[wide[0]] for isa in wide)
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.isas import ISAS, in_process, usable
+from support.isas import ISAS, assert_tests_pass, digests_of, usable
 from support.stacked_svd import DTYPES, missing
 
 from lora_fused import testing
@@ -161,13 +161,8 @@ def test_refuses_what_would_read_out_of_bounds(place, wrong):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_passes(isa):
-    if isa not in usable():
-        pytest.skip(f"{isa}: this CPU does not have it")
     chosen = "matches_reference or signs or strides or wanted or layers or chunks or threads"
-    said = in_process(
-        isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__
-    )
-    assert " passed" in said and "skipped" not in said
+    assert_tests_pass(isa, chosen, __file__)
 
 
 def test_vector_widths_agree_bitwise():
@@ -175,9 +170,7 @@ def test_vector_widths_agree_bitwise():
     wide = [isa for isa in ISAS[1:] if isa in usable()]
     if len(wide) < 2:
         pytest.skip("this CPU has a single vector width")
-    found = {isa: json.loads(in_process(isa, __file__)) for isa in wide}
-    for isa in wide:
-        assert found[isa].pop("isa") == isa
+    found = digests_of(wide, __file__)
     assert all(found[isa] == found[wide[0]] for isa in wide)
 
 

@@ -73,11 +73,14 @@ def forward(
 def _forward(impl: str, max_rank: int, plan: tuple[Tensor, ...], *args: Tensor | None) -> Tensor:
     if impl == "native":
         return torch.ops.lora_fused.mixture_lora_fwd_native(*args)
-    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base = args
+    return torch.ops.lora_fused.mixture_lora_fwd_triton(*one_projection(*args), plan, max_rank)[0]
+
+
+def one_projection(
+    x, lora_a, lora_b, row_start, ranks, adapter_ids, weights, scale, row_mixture, base
+) -> tuple:
+    """The arguments as Triton's operators take them, where x has a single projection."""
     row_start, ranks, scale, base = (
         [] if t is None else [t] for t in (row_start, ranks, scale, base)
     )
-    return torch.ops.lora_fused.mixture_lora_fwd_triton(
-        x, [lora_a], [lora_b], row_start, ranks, adapter_ids, weights, scale, row_mixture, base,
-        plan, max_rank,
-    )[0]  # fmt: skip
+    return x, [lora_a], [lora_b], row_start, ranks, adapter_ids, weights, scale, row_mixture, base

@@ -23,7 +23,8 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         with suppress(RuntimeError, IndexError):
             y = autograd.forward(*contract.flatten(x, *args))
             return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-    x, name = resolve(x, (args[0], args[-1]), impl)
+    x = autocast(x)
+    name = chosen(x, (args[0], base), impl)
     contract.check(x, *args, name)
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], args[1].shape[-1])
     if name == "native":
@@ -35,8 +36,8 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         return autograd.forward(*flat, name, bound, plan).reshape(out_shape)
     device = x.device.type
     # Autocast would round the intermediates.
-    autocast = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    rounds = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if rounds else nullcontext():
         y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)
 
@@ -46,7 +47,8 @@ def run_into(out: Tensor, x: Tensor, args: tuple, plan, max_rank: int | None, im
     if autograd.wants_grad(x, *args, out):
         raise invalid(OP, "out", "be used without gradients (torch.no_grad)", "one wanted")
     base, shape = args[-1], (*x.shape[:-1], args[1].shape[-1])
-    cast, name = resolve(x, (args[0], args[-1]), impl)
+    cast = autocast(x)
+    name = chosen(cast, (args[0], base), impl)
     contract.check(cast, *args, name)
     dtype = cast.dtype if base is None else base.dtype
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
@@ -57,11 +59,9 @@ def run_into(out: Tensor, x: Tensor, args: tuple, plan, max_rank: int | None, im
     flat = contract.flatten(cast, *args)
     bound = plans.scratch_rank(args[0], args[2], plans.rank_bound(args[2], max_rank))
     plan = _plan(plan, flat, [flat[2]], bound, False)
-    x, lora_a, lora_b, row_start, ranks, ids, weights, scale, row_mixture, base = flat
-    torch.ops.lora_fused.mixture_lora_out_triton(
-        x, [lora_a], [lora_b], _one(row_start), _one(ranks), ids, weights, _one(scale),
-        row_mixture, _one(base), plan, bound, [out.view(x.shape[0], out.shape[-1])],
-    )  # fmt: skip
+    rows = out.view(flat[0].shape[0], out.shape[-1])
+    args = autograd.one_projection(*flat)
+    torch.ops.lora_fused.mixture_lora_out_triton(*args, plan, bound, [rows])
     return out
 
 
@@ -81,12 +81,12 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     ]
     if not calls:
         return ()
-    cast, name = resolve(x, (calls[0][0], calls[0][-1]), impl)
-    alike = all(resolve(x, (call[0], call[-1]), impl)[1] == "triton" for call in calls)
+    cast = autocast(x)
+    alike = all(chosen(cast, (c[0], c[-1]), impl) == "triton" for c in calls)
     if not alike or any(autograd.wants_grad(x, *call) for call in calls):
         return tuple(run(x, call, plan, max_rank, impl) for call in calls)
     for call in calls:
-        contract.check(cast, *call, name)
+        contract.check(cast, *call, "triton")
     if len({_kind(call) for call in calls}) > 1:
         rule = "agree in dtype, form and number of adapters for all projections"
         raise invalid(OP, "lora_a, lora_b, row_start, ranks and base", rule, "a mix")
@@ -109,18 +109,23 @@ def run_group(x: Tensor, columns: dict, route: tuple, plan, max_rank, impl: str)
     return tuple(y.reshape(*cast.shape[:-1], y.shape[-1]) for y in outs)
 
 
-def resolve(x: Tensor, args: tuple, impl: str, op: str = OP) -> tuple[Tensor, str]:
-    """x as autocast wants it, and the implementation that will run on x and args."""
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast wants it."""
     device = x.device
     if (
         x.dtype in contract.STORAGE
         and torch.amp.is_autocast_available(device.type)
         and torch.is_autocast_enabled(device.type)
     ):
-        x = x.to(torch.get_autocast_dtype(device.type))
+        return x.to(torch.get_autocast_dtype(device.type))
+    return x
+
+
+def chosen(x: Tensor, others: tuple, impl: str, op: str = OP) -> str:
+    """The implementation that will run on x and the other tensors, any of which may be None."""
     # float64 anywhere is the reference's: auto must not pick a kernel that then refuses it.
-    wide = any(t is not None and t.dtype == torch.float64 for t in args)
-    return x, choose(op, impl, device, torch.float64 if wide else x.dtype)
+    wide = any(t is not None and t.dtype == torch.float64 for t in others)
+    return choose(op, impl, x.device, torch.float64 if wide else x.dtype)
 
 
 def _plan(plan, flat: tuple, lora_b: list, bound: int, for_backward: bool) -> tuple:
@@ -154,10 +159,6 @@ def _kind(call: tuple) -> tuple:
     lora_a, _, row_start, ranks, *_, base = call
     form = (row_start is None, ranks is None, base is None)
     return (*form, _count(call), lora_a.dtype, None if base is None else base.dtype)
-
-
-def _one(t: Tensor | None) -> list[Tensor]:
-    return [] if t is None else [t]
 
 
 def _all(tensors: list) -> list[Tensor]:

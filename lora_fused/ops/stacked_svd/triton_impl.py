@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fused import backends
+from lora_fused.ops.triton_impl import capability, cut_dot
 
 
 class Tile(NamedTuple):
@@ -142,7 +142,7 @@ def _signs(x, seed: int, width: int) -> Tensor:
 
 def _blocks(tile: Tile) -> dict:
     sizes = {"BLOCK_T": tile.rows, "BLOCK_Q": tile.width, "BLOCK_I": tile.columns}
-    return {**sizes, "num_warps": tile.warps, "num_stages": 3 if _on_nvidia() else 2}
+    return {**sizes, "num_warps": tile.warps, "num_stages": 3 if capability() else 2}
 
 
 def _slices(programs: int, length: int, step: int) -> tuple[int, int]:
@@ -163,13 +163,7 @@ def _sum(parts: Tensor) -> Tensor:
 
 def _precision() -> str:
     """How float32 meets float32: on NVIDIA three TF32 products, 22 bits of each factor."""
-    return "tf32x3" if _on_nvidia() else "ieee"
-
-
-def _on_nvidia() -> bool:
-    if backends.INTERPRETING:
-        return False
-    return triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return "tf32x3" if capability() else "ieee"
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -198,18 +192,14 @@ def _is_minus(bits_ptr, i, live, first_q, row, BLOCK_I: tl.constexpr, BLOCK_Q: t
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    # acc + a @ b to float32's precision. A bfloat16 b is exact in tensor cores; a float32 a is cut
-    # into three bfloat16 numbers, 8 bits each, which hold all 24 of its bits: 3 passes at twice
-    # the rate of the 3 in TF32. float16 has too few exponents for that.
+    # acc + a @ b to float32's precision: a cut in three where b is bfloat16. float16 has too few
+    # exponents for that.
     if a.dtype == b.dtype and a.dtype != tl.float32:
         acc = tl.dot(a, b, acc)
     elif b.dtype != tl.bfloat16:
         acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
     else:
-        for _ in tl.static_range(3):
-            part = a.to(tl.bfloat16)
-            acc = tl.dot(part, b, acc)
-            a -= part.to(tl.float32)
+        acc = cut_dot(a, b, acc, 3)
     return acc
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.ops.mixture_lora import plan as plans
-from lora_fused.ops.mixture_lora.dispatch import is_eager_cpu, resolve
+from lora_fused.ops.mixture_lora.dispatch import autocast, chosen, is_eager_cpu
 from lora_fused.ops.subspace_lora import autograd, contract, reference, registration
 from lora_fused.ops.subspace_lora.cores import OP
 
@@ -36,8 +36,8 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         with suppress(RuntimeError, IndexError):
             y = autograd.forward(*contract.flatten(x, *args))
             return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-    x, name = resolve(x, (basis_a, core_a, base), impl, OP)
-    name = _usable(name, impl)
+    x = autocast(x)
+    name = _usable(chosen(x, (basis_a, core_a, base), impl, OP), impl)
     contract.check(x, *args, name)
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], basis_b.shape[1])
     if name == "native":
@@ -48,8 +48,8 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         return autograd.forward(*flat, impl=name, max_rank=bound or 0, plan=plan).reshape(out_shape)
     device = x.device.type
     # Autocast would round the intermediates.
-    autocast = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    rounds = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if rounds else nullcontext():
         y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)
 

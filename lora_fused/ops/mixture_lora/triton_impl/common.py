@@ -7,6 +7,8 @@ one entry each, and ``_pick`` selects by program; with one projection it costs n
 import triton
 import triton.language as tl
 
+from lora_fused.ops.triton_impl import cut_dot
+
 
 @triton.jit
 def _pick(values, g):
@@ -33,18 +35,21 @@ def _column_tile(tile, sizes, BLOCK_O: tl.constexpr):
 
 @triton.jit
 def _segment(
-    k, known, start_ptr, rank_ptr, slot_rank, max_rank,
+    k, known, g, start_ptr, rank_ptr, slot_rank, max_rank,
     PACKED: tl.constexpr, HAS_RANKS: tl.constexpr,
 ):  # fmt: skip
-    # Where adapter k begins, in units of the stack's first stride, and its rank; known masks k.
+    # Where adapter k of projection g begins, in units of its stack's first stride, and its rank;
+    # known masks k.
     # No rank is above max_rank, whatever is stored: h has no room, and the next pair's lies there.
     if PACKED:
-        first = tl.load(start_ptr + k, mask=known, other=0)
-        rank = tl.load(start_ptr + k + 1, mask=known, other=0) - first
+        start = _pick(start_ptr, g) + k
+        first = tl.load(start, mask=known, other=0)
+        rank = tl.load(start + 1, mask=known, other=0) - first
         return first.to(tl.int64), tl.minimum(rank, max_rank)
     if HAS_RANKS:
-        return k.to(tl.int64), tl.minimum(tl.load(rank_ptr + k, mask=known, other=0), max_rank)
-    return k.to(tl.int64), tl.where(known, slot_rank, 0)
+        rank = tl.load(_pick(rank_ptr, g) + k, mask=known, other=0)
+        return k.to(tl.int64), tl.minimum(rank, max_rank)
+    return k.to(tl.int64), tl.where(known, _pick(slot_rank, g), 0)
 
 
 @triton.jit
@@ -78,12 +83,9 @@ def _load_h(h_ptr, at, readable, live, slice_size, SLICES: tl.constexpr):
 
 @triton.jit
 def _dot(h, b, acc, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    # h [M, R] float32 times b [R, C] as stored. A bfloat16 b is exact in tensor cores, so h is
-    # cut into TERMS bfloat16 numbers of 8 bits each: 2 passes at twice the rate of 3 in TF32.
+    # h [M, R] float32 times b [R, C] as stored: cut into TERMS where b is bfloat16.
     if TERMS == 0:
-        return tl.dot(h, b.to(tl.float32), acc, input_precision=PRECISION)
-    for _ in tl.static_range(TERMS):
-        part = h.to(tl.bfloat16)
-        acc = tl.dot(part, b, acc)
-        h -= part.to(tl.float32)
+        acc = tl.dot(h, b.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        acc = cut_dot(h, b, acc, TERMS)
     return acc

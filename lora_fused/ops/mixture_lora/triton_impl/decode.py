@@ -32,10 +32,7 @@ def _mixture_lora_decode_kernel(
     columns = _pick(O, g)
     c = tl.arange(0, BLOCK_C)  # [C]
     j, k, r, known = _rank_columns(c, m, ids_ptr, M, J, K, RANK)
-    start, rank = _segment(
-        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), max_rank,
-        PACKED, HAS_RANKS,
-    )  # fmt: skip
+    start, rank = _segment(k, known, g, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS)
     live = known & (r < rank)
     r = r.to(tl.int64)
     a_row = _pick(a_ptr, g) + start * _pick(stride_a_first, g) + r * _pick(stride_a_row, g)

@@ -68,9 +68,8 @@ def _mixture_lora_expand_kernel(
             factor *= tl.load(_pick(scale_ptr, g) + k)
         pair = row * J + tl.min(tl.where(match, j[None, :], BLOCK_J), 1)  # [N]
         start, rank = _segment(
-            k, k < K, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            max_rank, PACKED, HAS_RANKS,
-        )  # fmt: skip
+            k, k < K, g, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS
+        )
         part = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
         for r0 in tl.range(0, rank, BLOCK_R, num_stages=2):
             r = r0 + tl.arange(0, BLOCK_R)  # [R]
@@ -105,10 +104,7 @@ def _shared_h(
     # A chunk of the mixture's rank columns: weighted h [N, C], offsets of B's rows, live [C].
     c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
     j, k, r, known = _rank_columns(c, m, ids_ptr, M, J, K, RANK)
-    start, rank = _segment(
-        k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g), max_rank,
-        PACKED, HAS_RANKS,
-    )  # fmt: skip
+    start, rank = _segment(k, known, g, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS)
     live = known & (r < rank)
     factor = _factor(m, j, k, live, weight_ptr, _pick(scale_ptr, g), J, HAS_SCALE)
     slot = mine[:, None] & (j < J)[None, :] & (r < max_rank)[None, :]

@@ -15,7 +15,9 @@ def _mixture_lora_outer_kernel(
 ):  # fmt: skip
     """Ranks of one adapter times a tile of columns: the sum over pairs of factor * h (x) x."""
     k = tl.program_id(0)
-    start, rank = _segment(k, k >= 0, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS)
+    start, rank = _segment(
+        k, k >= 0, 0, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS
+    )
     if tl.program_id(1) * BLOCK_R < rank:
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
         c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)  # [C]
@@ -32,7 +34,7 @@ def _mixture_lora_outer_kernel(
             at = x_ptr + (pair // J)[:, None] * stride_xn + c[None, :] * stride_xc
             x = tl.load(at, mask=mine[:, None] & (c[None, :] < C), other=0.0)  # [P, C]
             acc = tl.dot(tl.trans(h), x.to(tl.float32), acc, input_precision=PRECISION)
-        first = start if PACKED else start * slot_rank
+        first = start if PACKED else start * slot_rank[0]
         to = out_ptr + (first + r[:, None]) * C + c[None, :]
         inside = (r[:, None] < rank) & (c[None, :] < C)
         tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ behind the numbers is in ops/mixture_lora/README.md.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from lora_fused.ops.mixture_lora.triton_impl.gradients import (
     _mixture_lora_sum_kernel,
 )
 from lora_fused.ops.mixture_lora.triton_impl.shrink import _mixture_lora_shrink_kernel
+from lora_fused.ops.triton_impl import capability
 
 
 class Tile(NamedTuple):
@@ -47,24 +49,6 @@ def slice_of(columns: int) -> int:
     """Columns of one shrink program: as few as keep the slices of h (4 bytes each) cheap."""
     width = 512 if columns <= 2048 else 1024
     return max(width, triton.cdiv(columns, 8 * width) * width)  # 8 slices at most
-
-
-def precision() -> str:
-    """How float32 operands are multiplied: on NVIDIA, three TF32 products keep the digits."""
-    return "tf32x3" if _capability() else "ieee"
-
-
-def _capability() -> int:
-    """The compute capability of the NVIDIA device; 0 elsewhere."""
-    if backends.INTERPRETING:
-        return 0
-    target = triton.runtime.driver.active.get_current_target()
-    return target.arch if target.backend == "cuda" else 0
-
-
-def _pdl() -> dict:
-    """Start expand while shrink drains: sm_90 and later, on request until it has been measured."""
-    return {"launch_pdl": True} if backends.PDL and _capability() >= 90 else {}
 
 
 def _terms(b: Tensor, y: Tensor) -> int:
@@ -97,6 +81,20 @@ class Call:
         self.empty = 0 in (self.pairs, self.count, self.max_rank)
         self.rank_block = max(16, triton.next_power_of_2(self.max_rank))
         self.block = plans.block_size(self.rows, self.mixtures)
+
+    @functools.cached_property
+    def capability(self) -> int:
+        return capability()  # asked once a call: it is the driver's to say
+
+    @property
+    def precision(self) -> str:
+        """How float32 operands are multiplied: on NVIDIA, three TF32 products keep the digits."""
+        return "tf32x3" if self.capability else "ieee"
+
+    @property
+    def pdl(self) -> dict:
+        """Start expand while shrink drains: sm_90 and later, on request until it was measured."""
+        return {"launch_pdl": True} if backends.PDL and self.capability >= 90 else {}
 
     def planned(self) -> plans.MixturePlan:
         if self.plan is None:
@@ -135,7 +133,7 @@ class Call:
         if self.empty or columns == 0:
             return h if zero else h.zero_()
         row_start, ranks, slots, form = self.stack(sides)
-        plan, pdl = self.planned(), _pdl()
+        plan, pdl = self.planned(), self.pdl
         itemsize = max(x.itemsize, sides[0].itemsize)
         chunk, chunks = self.chunks(itemsize)
         _mixture_lora_shrink_kernel[(self.blocks, len(sides) * chunks, slices)](
@@ -143,7 +141,7 @@ class Call:
             plan.order, plan.key, plan.block_start, tuple(h),
             columns, self.mixtures, self.per_row, self.count, plan.order.shape[0], self.pairs,
             self.max_rank, width, slots, *x.stride(), *_strides(sides),
-            **form, SHARED=self.shared, PDL=bool(pdl), PRECISION=precision(),
+            **form, SHARED=self.shared, PDL=bool(pdl), PRECISION=self.precision,
             RANK=self.rank_block, CHUNKS=chunks,
             BLOCK_U=self.block, BLOCK_C=chunk,
             num_warps=8 if self.shared or itemsize == 4 or chunk == 64 else 4,  # fewer spill
@@ -159,7 +157,7 @@ class Call:
         if 0 in (self.rows, max(sizes)):
             return
         row_start, ranks, slots, form = self.stack(sides)
-        plan, pdl = self.planned(), _pdl()
+        plan, pdl = self.planned(), self.pdl
         stack = (tuple(sides), row_start, ranks, self.adapter_ids, self.weights)
         scale = self.scale or (None,) * len(sides)
         count = 0 if self.empty else self.count
@@ -167,7 +165,7 @@ class Call:
         tail = (slots, *_strides(sides), *_row_strides(bases, outs))
         form |= {
             "HAS_SCALE": bool(self.scale), "HAS_BASE": bool(bases), "PDL": bool(pdl),
-            "SLICES": h.shape[1], "TERMS": _terms(sides[0], outs[0]), "PRECISION": precision(),
+            "SLICES": h.shape[1], "TERMS": _terms(sides[0], outs[0]), "PRECISION": self.precision,
         }  # fmt: skip
         out = (tuple(bases) or (None,) * len(sides), tuple(outs))
         tile = self.tile
@@ -227,13 +225,13 @@ class Call:
         columns = x.shape[1]
         if self.empty or columns == 0:
             return out
-        (row_start,), (ranks,), (slot,), form = self.stack([like])
+        row_start, ranks, slots, form = self.stack([like])
         block = min(64, self.rank_block)
         grid = (self.count, triton.cdiv(self.max_rank, block), triton.cdiv(columns, 64))
         _mixture_lora_outer_kernel[grid](
             h, x, row_start, ranks, factor, *runs, out,
-            columns, self.per_row, self.max_rank, self.pairs * self.max_rank, slot, *x.stride(),
-            **form, SLICES=h.shape[0], PRECISION=precision(),
+            columns, self.per_row, self.max_rank, self.pairs * self.max_rank, slots, *x.stride(),
+            **form, SLICES=h.shape[0], PRECISION=self.precision,
             BLOCK_P=16, BLOCK_R=block, BLOCK_C=64,
         )  # fmt: skip
         return out

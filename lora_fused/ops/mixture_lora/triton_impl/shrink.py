@@ -40,9 +40,8 @@ def _mixture_lora_shrink_kernel(
             row = unit // J
             pair = unit[:, None]
         start, rank = _segment(
-            k, known, _pick(start_ptr, g), _pick(rank_ptr, g), _pick(slot_rank, g),
-            max_rank, PACKED, HAS_RANKS,
-        )  # fmt: skip
+            k, known, g, start_ptr, rank_ptr, slot_rank, max_rank, PACKED, HAS_RANKS
+        )
         live = known & (r < rank)
         if tl.max(live.to(tl.int32), 0) > 0:
             first = tl.program_id(2) * slice_columns

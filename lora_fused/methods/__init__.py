@@ -1,6 +1,7 @@
 """Methods on adapters: each file one paper or family, on stacks and banks, never on files."""
 
 from lora_fused.methods.clusters import SubspaceClusters
+from lora_fused.methods.composition import LearnedComposition, uniform
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
 from lora_fused.methods.merging import Merged, MergeReport, ModuleReport, merge
 from lora_fused.methods.subspace import FitOptions, Subspace
@@ -8,6 +9,7 @@ from lora_fused.methods.subspace_errors import SubspaceErrors
 
 __all__ = [
     "FitOptions",
+    "LearnedComposition",
     "MergeReport",
     "Merged",
     "ModuleReport",
@@ -17,4 +19,5 @@ __all__ = [
     "fit_subspace",
     "leave_one_out",
     "merge",
+    "uniform",
 ]

@@ -1,100 +1,36 @@
-"""Several adapters merged into one: sum_k w_k s_k B_k A_k of each module, from the factors alone.
+"""Several adapters merged into one, by every rule that PEFT's users know.
 
-PEFT's ``add_weighted_adapter`` says: "cat" joins the factors, "svd" factorises the dense sum,
-"linear" adds the factors, each times sqrt(|w_k s_k|). **We compute** the same three. **We differ**:
-"svd" never forms the sum (two thin orthogonalisations and an SVD as small as the sum of the ranks);
-every result says how far it is from the exact sum; the default is exact; one adapter alone can be
-re-compressed too.
+Exact: "cat", "svd" and task arithmetic (either with weights of any sign) come from the factors
+alone. PEFT's ``add_weighted_adapter`` says: "cat" joins the factors, "svd" factorises the dense
+sum, "linear" adds the factors, each times sqrt(|w_k s_k|), and the entrywise rules treat factors
+("ties") or dense updates ("ties_svd"). **We compute** the same. **We differ**: "svd" never forms
+the sum (two thin orthogonalisations and an SVD as small as the sum of the ranks); "*_svd" holds one
+dense update at a time and finds only the singular vectors it keeps; "*_core" and "*_knots" apply
+the same rules in small lossless spaces; every result says how far it is from the exact sum; the
+default is exact; draws have a seed; one adapter alone is not silently merged by "linear".
 """
 
-import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, SupportsFloat
+from typing import SupportsFloat
 
 import torch
-from torch import Tensor
 
-from lora_fused.adapters import BASE, Adapter, AdapterBank, AdapterStack, LoraFactors
+from lora_fused.adapters import BASE, Adapter, AdapterBank, LoraFactors
 from lora_fused.checks import invalid
+from lora_fused.methods import exact_sums
+from lora_fused.methods.core_space import merge_cores, merge_knots
+from lora_fused.methods.dense_space import merge_updates
+from lora_fused.methods.entrywise import RULES, Entrywise
+from lora_fused.methods.exact_sums import Part, Used
+from lora_fused.methods.factor_space import layer_of, merge_factors
+from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport, relative
 
 _OP = "merge"
-TYPES = ("cat", "svd", "linear")
+_SPACES = {"svd": merge_updates, "core": merge_cores, "knots": merge_knots}
+EXACT = ("cat", "svd", "linear")
+TYPES = (*EXACT, *RULES, *(f"{rule}_{space}" for space in _SPACES for rule in RULES))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Float64 values of a batch of modules. A CPU is fastest while they stay near its caches (28 modules
-# of 2048: 0.20 s, 0.36 s in one batch), a GPU with few launches.
-_BATCH_VALUES, _BATCH_VALUES_CPU = 2**26, 2**22
-# One Cholesky pass leaves a basis orthonormal to eps * condition^2: 1e-8 at worst.
-_WORST_CONDITION = 1e4
-
-
-class ModuleReport(NamedTuple):
-    """What became of one module.
-
-    Attributes:
-        rank: of the merged factors.
-        norm: Frobenius norm of the exact sum.
-        energy: share of norm^2 that the rank keeps; None for "linear", which is no projection.
-        error_to_exact: ||merged - sum||_F / norm, of the factors as they are stored.
-    """
-
-    rank: int
-    norm: float
-    energy: float | None
-    error_to_exact: float
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeReport:
-    """How good a merge is; ``print`` shows the whole and the worst modules.
-
-    Attributes:
-        combination_type: "cat", "svd" or "linear".
-        weights: as given.
-        modules: module name -> ModuleReport.
-    """
-
-    combination_type: str
-    weights: dict[str, float]
-    modules: dict[str, ModuleReport]
-
-    @property
-    def energy(self) -> float | None:
-        """Share of the exact sum's squared norm that was kept, over all modules."""
-        parts = self.modules.values()
-        if any(part.energy is None for part in parts):
-            return None
-        total = sum(part.norm**2 for part in parts)
-        return sum(part.energy * part.norm**2 for part in parts) / total if total else 1.0
-
-    @property
-    def error_to_exact(self) -> float:
-        """||merged - sum||_F / ||sum||_F over all modules."""
-        parts = self.modules.values()
-        if any(math.isinf(part.error_to_exact) for part in parts):
-            return math.inf
-        error = math.hypot(*(part.error_to_exact * part.norm for part in parts))
-        return _relative(error, math.hypot(*(part.norm for part in parts)))
-
-    def __str__(self) -> str:
-        ranks = sorted({part.rank for part in self.modules.values()})
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        head = f"{self.combination_type} of {len(self.weights)} adapters, {len(self.modules)} "
-        head += f"modules, rank {span}: {_figures(self.energy, self.error_to_exact)}"
-        worst = sorted(self.modules.items(), key=lambda item: -item[1].error_to_exact)[:5]
-        lines = [
-            f"  {name}: rank {part.rank}, {_figures(part.energy, part.error_to_exact)}"
-            for name, part in worst
-        ]
-        return "\n".join([head, *lines])
-
-
-class Merged(NamedTuple):
-    """A merged adapter, for ``bank.add`` and ``write_adapter``, and how good it is."""
-
-    adapter: Adapter
-    report: MergeReport
 
 
 @torch.no_grad()
@@ -105,6 +41,9 @@ def merge(
     combination_type: str = "cat",
     rank: int | None = None,
     energy: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
     name: str = "merged",
     dtype: torch.dtype | None = None,
     saved_modules: str = "error",
@@ -113,7 +52,7 @@ def merge(
 
     D = sum_k weights[k] * scale[k] * B_k A_k for each module that any of them adapts; an adapter
     without the module adds nothing to it. Weights may be negative and need not sum to one; one of
-    weight 0 is left out.
+    weight 0 is left out, except that it has a vote where signs are elected, as in PEFT.
 
     Args:
         bank: The adapters, also those in training. Ranks, scales and modules may differ.
@@ -121,11 +60,21 @@ def merge(
         combination_type: ``"cat"``: D exactly, of the sum of the ranks. ``"svd"``: the best
             approximation of D of a given rank. ``"linear"``: PEFT's sum of the factors, for parity;
             cross terms make it another update than D (read its error), and ranks must agree.
-        rank: "svd" only: rank of the result. A module whose D has less (its ranks summed, or a
-            side of the layer) gets D exactly. Default: the largest rank merged, as in PEFT.
-        energy: "svd" only, in place of rank: each module gets the smallest rank that keeps this
-            share of ||D||_F^2, such as 0.95.
-        name: Name of the result.
+            Entrywise, ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``,
+            each in four spaces with results of their own:
+            no suffix: on A and on B, as PEFT does; ranks must agree, and cross terms as above.
+            ``_svd``: on the dense updates, as PEFT does, then the best approximation of a rank.
+            ``_core``: on the cores of Core Space, ``_knots``: on the right singular vectors of
+            KnOTS; as cheap as "svd", then the best approximation of a rank.
+        rank: Of the result, for "svd", "_svd", "_core" and "_knots". A module whose result has less
+            gets all of it. Default: the largest rank merged, as in PEFT.
+        energy: In place of rank: each module gets the smallest rank that keeps this share of the
+            squared norm of what the rule gives, such as 0.95.
+        density: Entrywise only, and needed there: share of the entries that is kept, in (0, 1].
+        majority_sign_method: "ties" and "dare_ties" only: the sign elected is that of the
+            ``"total"`` or the one of higher ``"frequency"``.
+        seed: "dare" only: what is dropped depends on (seed, module, adapter) alone.
+        name: Name of the result; not one of the bank's.
         dtype: Of the result: float32, float16 or bfloat16. Default: the bank's.
         saved_modules: What fully trained modules (modules_to_save) do, which have no weighted sum
             here: ``"error"``, or ``"ignore"`` to leave them out.
@@ -135,19 +84,23 @@ def merge(
         ``error_to_exact`` = ||merged - D||_F / ||D||_F, rounding to dtype included.
 
     Raises:
-        ValueError: a wrong argument, an unknown name, ranks that differ ("linear"), saved modules,
-            NaN in an adapter in training, or values that dtype cannot hold.
+        ValueError: a wrong argument, an unknown or taken name, ranks that differ ("linear" and
+            rules on factors), saved modules, NaN in an adapter in training, or values that dtype
+            cannot hold.
 
     Numerics:
-        Float64 from the stored factors up to the final rounding. "svd" splits each singular value
-        evenly, sqrt(s) to either factor, and its scale is 1: of all splits this has the smallest
-        ||A||^2 + ||B||^2, so neither factor is near the edge of a narrow dtype and further training
-        moves both alike. "cat" puts the largest |weight * scale| in the scale and the ratios to it,
-        with the signs, in B: adapters of one weight and scale are kept bit for bit. Deterministic.
+        Float64 from the stored factors up to the final rounding; dense updates and KnOTS' vectors
+        in float32, the former's singular vectors to the accuracy of a full SVD in float32. Cut to a
+        rank, each singular value is split evenly, sqrt(s) to either factor, and the scale is 1: of
+        all splits this has the smallest ||A||^2 + ||B||^2, so neither factor is near the edge of a
+        narrow dtype and further training moves both alike. "cat" puts the largest |weight * scale|
+        in the scale and the ratios to it, with the signs, in B: adapters of one weight and scale
+        are kept bit for bit. Deterministic.
 
     Cost:
-        T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched.
-        No [O, I] matrix is formed.
+        T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched;
+        entrywise rules go over each adapter's tensor twice more. Only "_svd" forms [O, I] matrices,
+        of one adapter at a time.
 
     Example:
         >>> adapter, report = merge(bank, {"math": 0.7, "code": -0.2}, combination_type="svd")
@@ -155,33 +108,32 @@ def merge(
         >>> write_adapter(adapter, "math_without_code")
     """
     weights = _check_weights(bank, weights)
-    used = [_Used(n, bank.id(n), weight) for n, weight in weights.items() if weight]
     _check_options(combination_type, rank, energy, name, dtype)
+    if name in bank:
+        raise invalid(_OP, "name", "be new to the bank", f"{name!r}, which is loaded")
+    rule = _rule(combination_type, density, majority_sign_method, seed)
+    voting = rule is not None and rule.elects
+    used = [Used(n, bank.id(n), w) for n, w in weights.items() if w or voting]
     _check_saved(bank, used, saved_modules)
+    if not _cuts(combination_type) and combination_type != "cat":
+        _check_equal_ranks(bank, used, combination_type)
+    if _cuts(combination_type) and energy is None:
+        rank = _common_rank(bank, used, rank, combination_type)
     dtype = dtype or bank.dtype
-    if combination_type == "linear":
-        _check_equal_ranks(bank, used)
-    if combination_type == "svd" and energy is None:
-        rank = _common_rank(bank, used, rank)
     merged: dict[str, tuple[LoraFactors, ModuleReport]] = {}
-    for modules in _batches(bank, used):
-        total = _gather(bank, modules, used)
-        if combination_type == "cat":
-            part = _cat(total, dtype)
-        elif combination_type == "svd":
-            part = _svd(total, rank, energy, dtype)
-        else:
-            held = sum(bank.stacks[modules[0]].ranks[one.id] > 0 for one in used)
-            part = _linear(total, held, dtype)
+    for modules, part in _parts(bank, used, combination_type, rule, rank, energy, dtype):
         merged.update(_results(part, modules, bank))
     order = [module for module in bank.modules if module in merged]
     parts = {module: merged[module][0] for module in order}
-    report = MergeReport(combination_type, weights, {m: merged[m][1] for m in order})
+    options = {"rank": rank, "energy": energy} | ({} if rule is None else _told(rule))
+    options = {key: value for key, value in options.items() if value is not None}
+    report = MergeReport(combination_type, weights, {m: merged[m][1] for m in order}, options)
     metadata = {
         "config": _config(bank, used, parts),
         "merge": {
             "weights": weights,
             "combination_type": combination_type,
+            **options,
             "energy": report.energy,
             "error_to_exact": report.error_to_exact,
         },
@@ -189,179 +141,68 @@ def merge(
     return Merged(Adapter(name, parts, metadata=metadata), report)
 
 
-class _Used(NamedTuple):
-    """An adapter that takes part."""
-
-    name: str
-    id: int
-    weight: float  # not 0
-
-
-class _Sum(NamedTuple):
-    """The exact sums of a batch of modules: lora_b^T diag(factor) lora_a, in float64."""
-
-    lora_a: Tensor  # [L, T, I]
-    lora_b: Tensor  # [L, T, O]
-    factor: Tensor  # [L, T]: weight * scale of each rank row
-
-
-class _Part(NamedTuple):
-    """Merged factors of a batch of modules, in their dtype; rows beyond a module's rank are 0."""
-
-    lora_a: Tensor  # [L, R, I]
-    lora_b: Tensor  # [L, R, O]
-    scale: Tensor  # [L], float32 values
-    ranks: list[int]
-    norm: Tensor  # [L], of the sum
-    error: Tensor  # [L], norm of merged - sum
-    energy: Tensor | None  # [L]
+def _parts(
+    bank: AdapterBank, used: Sequence[Used], combination_type, rule, rank, energy, dtype
+) -> Iterator[tuple[list[str], Part]]:
+    """The merged factors, a few modules at a time: one, where a rule is applied."""
+    values = 0 if rule is None else 1
+    for modules in exact_sums.batches(bank, used, values):
+        total = exact_sums.gather(bank, modules, used)
+        if combination_type == "cat":
+            yield modules, exact_sums.cat(total, dtype)
+        elif combination_type == "svd":
+            yield modules, exact_sums.svd(total, rank, energy, dtype)
+        elif combination_type == "linear":
+            held = sum(bank.stacks[modules[0]].ranks[one.id] > 0 for one in used)
+            yield modules, exact_sums.linear(total, held, dtype)
+        else:
+            layer = layer_of(bank, modules[0], used)
+            space = _SPACES.get(combination_type.rpartition("_")[2])
+            if space is None:
+                yield modules, merge_factors(layer, total, rule, dtype)
+            else:
+                yield modules, space(layer, total, rule, rank, energy, dtype)
 
 
-def _cat(total: _Sum, dtype: torch.dtype) -> _Part:
-    scale = total.factor.abs().amax(-1).float().double()
-    ratio = total.factor / scale[:, None]
-    exact = total.lora_b * total.factor[..., None]
-    lora_a, lora_b = total.lora_a.to(dtype), (total.lora_b * ratio[..., None]).to(dtype)
-    gram = _gram(total.lora_a)
-    norm = _norm(_gram(exact), gram)
-    left = lora_b.double() * scale[:, None, None] - exact
-    if dtype.itemsize < 4:  # A may have been rounded too
-        right = lora_a.double()
-        left, right = torch.cat([left, exact], 1), torch.cat([right, right - total.lora_a], 1)
-        gram = _gram(right)
-    ranks = [lora_a.shape[1]] * len(lora_a)
-    return _Part(
-        lora_a, lora_b, scale, ranks, norm, _norm(_gram(left), gram), torch.ones_like(norm)
-    )
+def _cuts(combination_type: str) -> bool:
+    """Whether the type ends with the best approximation of a rank."""
+    return combination_type.rpartition("_")[2] in _SPACES
 
 
-def _svd(total: _Sum, rank: int | None, energy: float | None, dtype: torch.dtype) -> _Part:
-    coords_a, lift_a, rows_a = _row_basis(total.lora_a)
-    coords_b, lift_b, rows_b = _row_basis(total.lora_b)
-    core = (coords_b * total.factor[..., None]).mT @ coords_a
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    energies = s.square()
-    reached = energies.cumsum(-1)
-    if energy is None:
-        ranks = [min(rank, s.shape[-1])] * len(s)
-    else:
-        ranks = ((reached < energy * reached[:, -1:]).sum(-1) + 1).tolist()
-    most = max(ranks)
-    kept = (
-        torch.arange(s.shape[-1], device=s.device) < torch.tensor(ranks, device=s.device)[:, None]
-    )
-    root = (s * kept).sqrt()[:, :most, None]
-    best_a = (root * vh[:, :most]) @ lift_a @ rows_a
-    best_b = (root * u.mT[:, :most]) @ lift_b @ rows_b
-    lora_a, lora_b = best_a.to(dtype), best_b.to(dtype)
-    stored_a, stored_b = lora_a.double(), lora_b.double()
-    rounding = _norm(
-        _gram(torch.cat([stored_b - best_b, best_b], 1)),
-        _gram(torch.cat([stored_a, stored_a - best_a], 1)),
-    )
-    # What is cut off is orthogonal to what is kept, and to the rounding up to its square.
-    error = torch.hypot((energies * ~kept).sum(-1).sqrt(), rounding)
-    share = torch.where(reached[:, -1] > 0, (energies * kept).sum(-1) / reached[:, -1], 1.0)
-    scale = torch.ones_like(error)
-    return _Part(lora_a, lora_b, scale, ranks, reached[:, -1].sqrt(), error, share)
+def _rule(combination_type: str, density, majority_sign_method, seed) -> Entrywise | None:
+    rule = next((rule for rule in RULES if combination_type.startswith(rule)), None)
+    number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if rule is None and density is not None:
+        got = f"{density} for {combination_type!r}"
+        raise invalid(_OP, "density", f"be given for {RULES} and their forms only", got)
+    if rule is not None and not (number and 0 < density <= 1):
+        got = f"{density!r} for {combination_type!r}"
+        raise invalid(_OP, "density", "be a number in (0, 1]", got)
+    if majority_sign_method not in ("total", "frequency"):
+        got = repr(majority_sign_method)
+        raise invalid(_OP, "majority_sign_method", "be 'total' or 'frequency'", got)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise invalid(_OP, "seed", "be an integer", repr(seed))
+    return None if rule is None else Entrywise(rule, density, majority_sign_method, seed)
 
 
-def _linear(total: _Sum, adapters: int, dtype: torch.dtype) -> _Part:
-    root, sign = total.factor.abs().sqrt()[..., None], total.factor.sign()[..., None]
-    lora_a, lora_b = (
-        rows.unflatten(1, (adapters, -1)).sum(1).to(dtype)
-        for rows in (total.lora_a * root * sign, total.lora_b * root)
-    )
-    exact = total.lora_b * total.factor[..., None]
-    rank = lora_a.shape[1]
-    gram_a = _gram(torch.cat([lora_a.double(), total.lora_a], 1))
-    gram_b = _gram(torch.cat([lora_b.double(), -exact], 1))
-    norm = _norm(gram_b[:, rank:, rank:], gram_a[:, rank:, rank:])
-    scale = torch.ones_like(norm)
-    return _Part(
-        lora_a, lora_b, scale, [rank] * len(norm), norm, _norm(gram_b, gram_a), energy=None
-    )
-
-
-def _row_basis(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """coords, lift, carrier: rows [L, T, I] = coords [L, T, Q] @ (lift @ carrier), Q = min(T, I).
-
-    lift @ carrier [L, Q, I] has orthonormal rows and need not be formed. One Cholesky pass on the
-    float64 Gram matrix of the normalised rows, four times as fast as Householder's QR (carrier is
-    rows, lift the inverse); modules whose rows are too nearly dependent for it take Householder's.
-    """
-    if rows.shape[1] > rows.shape[2]:
-        q, r = torch.linalg.qr(rows.mT)
-        return r.mT, torch.eye(q.shape[-1]).to(rows), q.mT
-    gram = _gram(rows)
-    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
-    lower, fault = torch.linalg.cholesky_ex(gram / (size * size.mT))
-    unit = torch.eye(rows.shape[1]).to(rows)
-    inverse = torch.linalg.solve_triangular(lower, unit.expand_as(lower), upper=False)
-    condition = lower.norm(dim=(-2, -1)) * inverse.norm(dim=(-2, -1))
-    coords, lift = lower * size, inverse / size.mT
-    # Not "condition > worst": a row of zeros makes it NaN.
-    weak = ~((condition <= _WORST_CONDITION) & (fault == 0))
-    if weak.any():
-        q, r = torch.linalg.qr(rows[weak].mT)
-        rows = rows.clone()
-        coords[weak], lift[weak], rows[weak] = r.mT, unit, q.mT
-    return coords, lift, rows
-
-
-def _gram(rows: Tensor) -> Tensor:
-    return rows @ rows.mT
-
-
-def _norm(gram_left: Tensor, gram_right: Tensor) -> Tensor:
-    """||left^T right||_F of [L, T, O] and [L, T, I], each [L]; good to 1e-8 of its terms."""
-    return (gram_left * gram_right).sum((-2, -1)).clamp_min(0).sqrt()
-
-
-def _batches(bank: AdapterBank, used: Sequence[_Used]) -> Iterator[list[str]]:
-    """The modules that any of the adapters has, in batches of equal sizes and ranks."""
-    groups: dict[tuple, list[str]] = {}
-    for module, stack in bank.stacks.items():
-        ranks = tuple(stack.ranks[one.id] for one in used)
-        if any(ranks):
-            key = (stack.in_features, stack.out_features, ranks)
-            groups.setdefault(key, []).append(module)
-    budget = _BATCH_VALUES_CPU if bank.device.type == "cpu" else _BATCH_VALUES
-    for (size_in, size_out, ranks), modules in groups.items():
-        most = max(1, budget // (sum(ranks) * (size_in + size_out)))
-        for start in range(0, len(modules), most):
-            yield modules[start : start + most]
-
-
-def _gather(bank: AdapterBank, modules: Sequence[str], used: Sequence[_Used]) -> _Sum:
-    """The factors of these adapters, rank rows in their order."""
-    first = bank.stacks[modules[0]]
-    size = (len(modules), sum(first.ranks[one.id] for one in used))
-    lora_a = first.lora_a.new_empty(*size, first.in_features, dtype=torch.float64)
-    lora_b = first.lora_b.new_empty(*size, first.out_features, dtype=torch.float64)
-    factors = []
-    for i, module in enumerate(modules):
-        stack = bank.stacks[module]
-        held = [one for one in used if stack.ranks[one.id]]
-        for side, rows in zip((lora_a, lora_b), stack.factors(), strict=True):
-            torch.cat([rows[stack.rows(one.id)] for one in held], out=side[i])
-            if not side[i].sum().isfinite():
-                raise _non_finite(stack, module, held)
-        # Scales are float32 already: float64 holds weight * scale to the last digit that matters.
-        factor = stack.scale[[one.id for one in held]].double()
-        factor *= torch.tensor([one.weight for one in held], dtype=factor.dtype).to(factor.device)
-        ranks = torch.tensor([stack.ranks[one.id] for one in held], device=factor.device)
-        factors.append(factor.repeat_interleave(ranks))
-    return _Sum(lora_a, lora_b, torch.stack(factors))
+def _told(rule: Entrywise) -> dict[str, int | float | str]:
+    """The options that the rule has."""
+    options: dict[str, int | float | str] = {"density": rule.density}
+    if rule.elects:
+        options["majority_sign_method"] = rule.majority_sign_method
+    return options | ({"seed": rule.seed} if rule.draws else {})
 
 
 def _results(
-    part: _Part, modules: Sequence[str], bank: AdapterBank
+    part: Part, modules: Sequence[str], bank: AdapterBank
 ) -> Iterator[tuple[str, tuple[LoraFactors, ModuleReport]]]:
     finite = part.lora_a.isfinite().all(-1).all(-1) & part.lora_b.isfinite().all(-1).all(-1)
     finite &= part.scale.isfinite() & (part.scale != 0)
     finite = finite.tolist()
-    energies = [None] * len(modules) if part.energy is None else part.energy.tolist()
+    kept = [(None, None)] * len(modules)
+    if part.energy is not None:
+        kept = list(zip(part.energy.tolist(), part.rule_norm.tolist(), strict=True))
     facts = zip(part.scale.tolist(), part.norm.tolist(), part.error.tolist(), strict=True)
     for i, (scale, norm, error) in enumerate(facts):
         module, rank = modules[i], part.ranks[i]
@@ -369,11 +210,12 @@ def _results(
             rule = f"keep the merged factors of {module} within {part.lora_a.dtype}"
             raise invalid(_OP, "weights and dtype", rule, "values beyond it")
         factors = (part.lora_a[i, :rank], part.lora_b[i, :rank])
-        report = ModuleReport(rank, norm, energies[i], _relative(error, norm))
+        energy, rule_norm = kept[i]
+        report = ModuleReport(rank, norm, energy, relative(error, norm), rule_norm)
         yield module, (LoraFactors(*factors, scale, bank.stacks[module].embedding), report)
 
 
-def _config(bank: AdapterBank, used: Sequence[_Used], parts: dict[str, LoraFactors]) -> dict:
+def _config(bank: AdapterBank, used: Sequence[Used], parts: dict[str, LoraFactors]) -> dict:
     """A PEFT config for the result; lora_fused.io adds patterns where modules differ from it."""
     configs = [bank.metadata[one.name].get("config") or {} for one in used]
     kinds = {config.get("task_type") for config in configs}
@@ -424,9 +266,10 @@ def _check_options(combination_type, rank, energy, name, dtype) -> None:
     if combination_type not in TYPES:
         raise invalid(_OP, "combination_type", f"be one of {TYPES}", repr(combination_type))
     for label, value in (("rank", rank), ("energy", energy)):
-        if value is not None and combination_type != "svd":
+        if value is not None and not _cuts(combination_type):
             got = f"{value} for {combination_type!r}"
-            raise invalid(_OP, label, "be given for combination_type 'svd' only", got)
+            rule = "be given for 'svd', '*_svd', '*_core' and '*_knots' only"
+            raise invalid(_OP, label, rule, got)
     if rank is not None and energy is not None:
         raise invalid(_OP, "rank and energy", "not both be given", f"{rank} and {energy}")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
@@ -439,7 +282,7 @@ def _check_options(combination_type, rank, energy, name, dtype) -> None:
         raise invalid(_OP, "dtype", f"be one of {_DTYPES}", dtype)
 
 
-def _check_saved(bank: AdapterBank, used: Sequence[_Used], policy: str) -> None:
+def _check_saved(bank: AdapterBank, used: Sequence[Used], policy: str) -> None:
     if policy not in ("error", "ignore"):
         raise invalid(_OP, "saved_modules", "be 'error' or 'ignore'", repr(policy))
     found = {
@@ -452,44 +295,30 @@ def _check_saved(bank: AdapterBank, used: Sequence[_Used], policy: str) -> None:
         raise invalid(_OP, "adapters", rule, found)
 
 
-def _check_equal_ranks(bank: AdapterBank, used: Sequence[_Used]) -> None:
+def _check_equal_ranks(bank: AdapterBank, used: Sequence[Used], kind: str) -> None:
     for module, stack in bank.stacks.items():
         ranks = {one.name: stack.ranks[one.id] for one in used if stack.ranks[one.id]}
         if len(set(ranks.values())) > 1:
-            rule = "be 'cat' or 'svd' where ranks differ"
-            raise invalid(_OP, "combination_type", rule, f"'linear' at {module!r}, ranks {ranks}")
+            also = "'cat' or 'svd'" if kind == "linear" else f"'{kind}_svd' or '{kind}_core'"
+            got = f"{kind!r} at {module!r}, ranks {ranks}"
+            raise invalid(_OP, "combination_type", f"be {also} where ranks differ", got)
 
 
-def _common_rank(bank: AdapterBank, used: Sequence[_Used], rank: int | None) -> int:
-    """The rank asked for, or the largest merged; refused where no module's sum can have it."""
+def _common_rank(bank: AdapterBank, used: Sequence[Used], rank: int | None, kind: str) -> int:
+    """The rank asked for, or the largest merged; refused where no module's result can have it."""
     if rank is None:
         return max(stack.ranks[one.id] for stack in bank.stacks.values() for one in used)
     limits = {
-        module: min(sum(stack.ranks[one.id] for one in used), stack.in_features, stack.out_features)
+        module: min(
+            stack.in_features,
+            stack.out_features,
+            # An entrywise rule on dense updates gives what has any rank.
+            *(() if kind.endswith("_svd") else [sum(stack.ranks[one.id] for one in used)]),
+        )
         for module, stack in bank.stacks.items()
     }
     module = max(limits, key=limits.get)
     if rank > limits[module]:
-        rule = f"be at most {limits[module]}, the largest rank that a sum can have (at {module!r})"
+        rule = f"be at most {limits[module]}, the largest rank of a result (at {module!r})"
         raise invalid(_OP, "rank", rule, rank)
     return rank
-
-
-def _non_finite(stack: AdapterStack, module: str, held: Sequence[_Used]) -> ValueError:
-    for one in held:
-        for side, rows in zip(("lora_a", "lora_b"), stack.factors(), strict=True):
-            if not rows[stack.rows(one.id)].isfinite().all():
-                where = f"{side} of adapter {one.name!r} at {module!r}"
-                return invalid(_OP, where, "be finite", "non-finite values")
-    raise AssertionError(f"no non-finite value found in {module}")
-
-
-def _relative(error: float, norm: float) -> float:
-    if error == 0:
-        return 0.0
-    return error / norm if norm else math.inf
-
-
-def _figures(energy: float | None, error: float) -> str:
-    kept = "" if energy is None else f"energy kept {energy:.4f}, "
-    return f"{kept}error to the exact sum {error:.3g}"

@@ -250,7 +250,7 @@ class LearnedComposition(nn.Module):
                 optimizer.zero_grad()
                 total.backward()
             optimizer.step()
-            return float(found)
+            return found.item()
 
         with _frozen(handle.model, but=train), _Kept(values) as kept:
             fit = Fit([], [], -1)
@@ -258,7 +258,7 @@ class LearnedComposition(nn.Module):
                 fit.losses.append(_mean(step(batch) for batch in batches))
                 if validation is not None:
                     with torch.no_grad(), handle.mix(self.mixture()):
-                        fit.validation.append(_mean(float(_scalar(loss(b))) for b in validation))
+                        fit.validation.append(_mean(_scalar(loss(b)).item() for b in validation))
                 compared = fit.validation or fit.losses[-1:]
                 if compared[-1] <= min(compared):
                     fit = fit._replace(best=epoch)
@@ -343,8 +343,8 @@ def _scalar(loss: object) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise invalid(_FIT, "loss", "return a scalar tensor", got)
-    if not math.isfinite(loss):
-        raise invalid(_FIT, "loss", "stay finite", float(loss))
+    if not loss.isfinite():
+        raise invalid(_FIT, "loss", "stay finite", loss.item())
     return loss
 
 

@@ -3,12 +3,14 @@
 from lora_fused.methods.clusters import SubspaceClusters
 from lora_fused.methods.composition import LearnedComposition, uniform
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
+from lora_fused.methods.fedex import FedexMerged, fedex
 from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport
 from lora_fused.methods.merging import merge
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
 
 __all__ = [
+    "FedexMerged",
     "FitOptions",
     "LearnedComposition",
     "MergeReport",
@@ -17,6 +19,7 @@ __all__ = [
     "Subspace",
     "SubspaceClusters",
     "SubspaceErrors",
+    "fedex",
     "fit_subspace",
     "leave_one_out",
     "merge",

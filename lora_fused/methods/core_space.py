@@ -31,12 +31,13 @@ def merge_cores(
     """Core Space: cores [Q_b, Q_a] combined, then cut to a rank."""
     coords_a, basis_a = _singular_basis(total.lora_a)
     coords_b, basis_b = _singular_basis(total.lora_b)
-    rows = layer.rows()
+    at = layer.rows()
 
-    def term(k: int) -> Tensor:
-        return coords_b[rows[k]].mT @ coords_a[rows[k]] * layer.scales[k]
+    def rows(k: int, span: slice) -> Tensor:
+        return coords_b[at[k], span].mT @ coords_a[at[k]] * layer.scales[k]
 
-    core = rule.combine(term, layer.weights, layer.keys("core"))
+    shape = (coords_b.shape[1], coords_a.shape[1])
+    core = rule.combine(rows, shape, layer.weights, layer.keys("core"))
     cut = cut_core(core[None], basis_a, basis_b, rank, energy)
     return measured(total, cut.lora_a, cut.lora_b, dtype, cut)
 
@@ -52,20 +53,20 @@ def merge_knots(
     """KnOTS: the right singular vectors [Q, I] of each adapter combined, then cut to a rank."""
     (coords_a,), basis_a = row_basis(total.lora_a)
     (coords_b,), basis_b = row_basis(total.lora_b)
-    rows = layer.rows()
-    left = [coords_b[at].mT * scale for at, scale in zip(rows, layer.scales, strict=True)]
-    # With coords_a[rows] = L q, q orthonormal, left @ L has the left vectors of left @ coords_a.
-    lower = [torch.linalg.qr(coords_a[at].mT, mode="r").R.mT for at in rows]
+    parts = [coords_a[at] for at in layer.rows()]
+    left = [coords_b[at].mT * s for at, s in zip(layer.rows(), layer.scales, strict=True)]
+    # Where a part is L q, q orthonormal, left @ L has the left vectors of left @ part.
+    lower = [torch.linalg.qr(part.mT, mode="r").R.mT for part in parts]
     joined = torch.cat([b @ a for b, a in zip(left, lower, strict=True)], 1)
     u, s, _ = torch.linalg.svd(joined, full_matrices=False)
     u, s = (t[..., : _rank_of(s)] for t in (u, s))
-    share = u.mT / s[:, None]
+    share = [(u.mT / s[:, None]) @ b for b in left]
 
-    def term(k: int) -> Tensor:
-        found = share @ left[k] @ coords_a[rows[k]]
-        return basis_a.times(found[None])[0].float()
+    def rows(k: int, span: slice) -> Tensor:
+        return basis_a.times((share[k][span] @ parts[k])[None])[0].float()
 
-    vectors = rule.combine(term, layer.weights, layer.keys("knots"))
+    shape = (len(s), total.lora_a.shape[-1])
+    vectors = rule.combine(rows, shape, layer.weights, layer.keys("knots"))
     coords, basis = row_basis(vectors.double()[None])
     core = (u * s)[None] @ coords
     cut = cut_core(core, basis, basis_b, rank, energy)

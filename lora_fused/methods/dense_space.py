@@ -33,19 +33,15 @@ def merge_updates(
 
 
 def combined(layer: Layer, rule: Entrywise) -> Tensor:
-    """``[O, I]`` float32; beside it four matrices of its size are in memory, however many adapters.
+    """``[O, I]`` float32; few matrices of its size are in memory, however many adapters."""
 
-    Products are formed as PEFT forms them, so that equal entries are kept.
-    """
-    update = layer.lora_a[0].new_empty(
-        layer.lora_b[0].shape[1], layer.lora_a[0].shape[1], dtype=torch.float32
-    )
+    def rows(k: int, span: slice) -> Tensor:
+        # Products are formed as PEFT forms them, so that equal entries are kept.
+        part = layer.lora_b[k][:, span].float().mT @ layer.lora_a[k].float()
+        return part.mul_(layer.scales[k])
 
-    def term(k: int) -> Tensor:
-        torch.mm(layer.lora_b[k].float().mT, layer.lora_a[k].float(), out=update)
-        return update.mul_(layer.scales[k])
-
-    return rule.combine(term, layer.weights, layer.keys("update"))
+    shape = (layer.lora_b[0].shape[1], layer.lora_a[0].shape[1])
+    return rule.combine(rows, shape, layer.weights, layer.keys("update"))
 
 
 def leading(dense: Tensor, rank: int | None, energy: float | None) -> Cut:

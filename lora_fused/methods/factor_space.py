@@ -58,6 +58,13 @@ def merge_factors(layer: Layer, total: Sum, rule: Entrywise, dtype: torch.dtype)
         for w, s in zip(layer.weights, layer.scales, strict=True)
     ]
     sizes = [abs(root) for root in roots]
-    lora_a = rule.combine(lambda k: layer.lora_a[k].double(), roots, layer.keys("lora_a"))
-    lora_b = rule.combine(lambda k: layer.lora_b[k].double(), sizes, layer.keys("lora_b"))
+    lora_a = _combined(layer.lora_a, roots, layer.keys("lora_a"), rule)
+    lora_b = _combined(layer.lora_b, sizes, layer.keys("lora_b"), rule)
     return measured(total, lora_a[None], lora_b[None], dtype)
+
+
+def _combined(factors: list[Tensor], weights: list[float], keys: list[str], rule: Entrywise):
+    def rows(k: int, span: slice) -> Tensor:
+        return factors[k][span].double()
+
+    return rule.combine(rows, factors[0].shape, weights, keys)

@@ -11,26 +11,22 @@ default is exact; draws have a seed; one adapter alone is not silently merged by
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import SupportsFloat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from lora_fused.adapters import BASE, Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
 from lora_fused.checks import invalid
 from lora_fused.methods import exact_sums
 from lora_fused.methods.core_space import merge_cores, merge_knots
 from lora_fused.methods.dense_space import merge_updates
-from lora_fused.methods.entrywise import RULES, Entrywise
 from lora_fused.methods.exact_sums import Part, Used
 from lora_fused.methods.factor_space import layer_of, merge_factors
 from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport, relative
+from lora_fused.methods.merge_request import OP, Request, checked
 
-_OP = "merge"
 _SPACES = {"svd": merge_updates, "core": merge_cores, "knots": merge_knots}
-EXACT = ("cat", "svd", "linear")
-TYPES = (*EXACT, *RULES, *(f"{rule}_{space}" for space in _SPACES for rule in RULES))
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Parts = tuple[list[str], Part]
 
 
 @torch.no_grad()
@@ -107,91 +103,64 @@ def merge(
         >>> print(report)
         >>> write_adapter(adapter, "math_without_code")
     """
-    weights = _check_weights(bank, weights)
-    _check_options(combination_type, rank, energy, name, dtype)
-    if name in bank:
-        raise invalid(_OP, "name", "be new to the bank", f"{name!r}, which is loaded")
-    rule = _rule(combination_type, density, majority_sign_method, seed)
-    voting = rule is not None and rule.elects
-    used = [Used(n, bank.id(n), w) for n, w in weights.items() if w or voting]
-    _check_saved(bank, used, saved_modules)
-    if not _cuts(combination_type) and combination_type != "cat":
-        _check_equal_ranks(bank, used, combination_type)
-    if _cuts(combination_type) and energy is None:
-        rank = _common_rank(bank, used, rank, combination_type)
-    dtype = dtype or bank.dtype
+    request = checked(
+        bank,
+        weights,
+        combination_type=combination_type,
+        rank=rank,
+        energy=energy,
+        density=density,
+        majority_sign_method=majority_sign_method,
+        seed=seed,
+        name=name,
+        dtype=dtype,
+        saved_modules=saved_modules,
+    )
+    return finished(request, _parts(request))
+
+
+def _parts(request: Request) -> Iterator[Parts]:
+    """The merged factors, a few modules at a time: one, where a rule is applied."""
+    bank, used, kind, rule, dtype = (
+        getattr(request, field) for field in ("bank", "used", "combination_type", "rule", "dtype")
+    )
+    cut = (request.rank, request.energy, dtype)
+    for modules in exact_sums.batches(bank, used, values=0 if rule is None else 1):
+        total = exact_sums.gather(bank, modules, used)
+        if kind == "cat":
+            yield modules, exact_sums.cat(total, dtype)
+        elif kind == "svd":
+            yield modules, exact_sums.svd(total, *cut)
+        elif kind == "linear":
+            held = sum(bank.stacks[modules[0]].ranks[one.id] > 0 for one in used)
+            yield modules, exact_sums.linear(total, held, dtype)
+        elif request.space is None:
+            yield modules, merge_factors(layer_of(bank, modules[0], used), total, rule, dtype)
+        else:
+            layer = layer_of(bank, modules[0], used)
+            yield modules, _SPACES[request.space](layer, total, rule, *cut)
+
+
+def finished(request: Request, found: Iterable[Parts]) -> Merged:
+    """The adapter of merged factors, with its config and report."""
     merged: dict[str, tuple[LoraFactors, ModuleReport]] = {}
-    for modules, part in _parts(bank, used, combination_type, rule, rank, energy, dtype):
-        merged.update(_results(part, modules, bank))
-    order = [module for module in bank.modules if module in merged]
+    for modules, part in found:
+        merged.update(_results(part, modules, request.bank))
+    order = [module for module in request.bank.modules if module in merged]
     parts = {module: merged[module][0] for module in order}
-    options = {"rank": rank, "energy": energy} | ({} if rule is None else _told(rule))
-    options = {key: value for key, value in options.items() if value is not None}
-    report = MergeReport(combination_type, weights, {m: merged[m][1] for m in order}, options)
+    facts = (request.combination_type, request.weights)
+    report = MergeReport(*facts, {m: merged[m][1] for m in order}, request.options)
     metadata = {
-        "config": _config(bank, used, parts),
+        "config": _config(request.bank, request.used, parts),
         "merge": {
-            "weights": weights,
-            "combination_type": combination_type,
-            **options,
+            "weights": request.weights,
+            "combination_type": request.combination_type,
+            "options": request.options,
             "energy": report.energy,
             "error_to_exact": report.error_to_exact,
         },
     }
-    return Merged(Adapter(name, parts, metadata=metadata), report)
-
-
-def _parts(
-    bank: AdapterBank, used: Sequence[Used], combination_type, rule, rank, energy, dtype
-) -> Iterator[tuple[list[str], Part]]:
-    """The merged factors, a few modules at a time: one, where a rule is applied."""
-    values = 0 if rule is None else 1
-    for modules in exact_sums.batches(bank, used, values):
-        total = exact_sums.gather(bank, modules, used)
-        if combination_type == "cat":
-            yield modules, exact_sums.cat(total, dtype)
-        elif combination_type == "svd":
-            yield modules, exact_sums.svd(total, rank, energy, dtype)
-        elif combination_type == "linear":
-            held = sum(bank.stacks[modules[0]].ranks[one.id] > 0 for one in used)
-            yield modules, exact_sums.linear(total, held, dtype)
-        else:
-            layer = layer_of(bank, modules[0], used)
-            space = _SPACES.get(combination_type.rpartition("_")[2])
-            if space is None:
-                yield modules, merge_factors(layer, total, rule, dtype)
-            else:
-                yield modules, space(layer, total, rule, rank, energy, dtype)
-
-
-def _cuts(combination_type: str) -> bool:
-    """Whether the type ends with the best approximation of a rank."""
-    return combination_type.rpartition("_")[2] in _SPACES
-
-
-def _rule(combination_type: str, density, majority_sign_method, seed) -> Entrywise | None:
-    rule = next((rule for rule in RULES if combination_type.startswith(rule)), None)
-    number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if rule is None and density is not None:
-        got = f"{density} for {combination_type!r}"
-        raise invalid(_OP, "density", f"be given for {RULES} and their forms only", got)
-    if rule is not None and not (number and 0 < density <= 1):
-        got = f"{density!r} for {combination_type!r}"
-        raise invalid(_OP, "density", "be a number in (0, 1]", got)
-    if majority_sign_method not in ("total", "frequency"):
-        got = repr(majority_sign_method)
-        raise invalid(_OP, "majority_sign_method", "be 'total' or 'frequency'", got)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise invalid(_OP, "seed", "be an integer", repr(seed))
-    return None if rule is None else Entrywise(rule, density, majority_sign_method, seed)
-
-
-def _told(rule: Entrywise) -> dict[str, int | float | str]:
-    """The options that the rule has."""
-    options: dict[str, int | float | str] = {"density": rule.density}
-    if rule.elects:
-        options["majority_sign_method"] = rule.majority_sign_method
-    return options | ({"seed": rule.seed} if rule.draws else {})
+    return Merged(Adapter(request.name, parts, metadata=metadata), report)
 
 
 def _results(
@@ -208,7 +177,7 @@ def _results(
         module, rank = modules[i], part.ranks[i]
         if not finite[i]:
             rule = f"keep the merged factors of {module} within {part.lora_a.dtype}"
-            raise invalid(_OP, "weights and dtype", rule, "values beyond it")
+            raise invalid(OP, "weights and dtype", rule, "values beyond it")
         factors = (part.lora_a[i, :rank], part.lora_b[i, :rank])
         energy, rule_norm = kept[i]
         report = ModuleReport(rank, norm, energy, relative(error, norm), rule_norm)
@@ -239,86 +208,3 @@ def _config(bank: AdapterBank, used: Sequence[Used], parts: dict[str, LoraFactor
         "task_type": kinds.pop() if len(kinds) == 1 and not saved else None,
         "use_rslora": False,
     }
-
-
-def _check_weights(bank: AdapterBank, weights: Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(bank, AdapterBank):
-        raise invalid(_OP, "bank", "be an AdapterBank", type(bank).__name__)
-    if not isinstance(weights, Mapping):
-        rule = 'map names of adapters to numbers, as in {"math": 0.7}'
-        raise invalid(_OP, "weights", rule, type(weights).__name__)
-    if not weights:
-        raise invalid(_OP, "weights", "name at least one adapter", "none")
-    for name, weight in weights.items():
-        if name not in bank:
-            bank.id(name)  # raises, naming the close ones
-        if not isinstance(weight, SupportsFloat) or isinstance(weight, str | bool):
-            raise invalid(_OP, f"weight of {name!r}", "be a number", repr(weight))
-        if not abs(float(weight)) <= torch.finfo(torch.float32).max:
-            raise invalid(_OP, f"weight of {name!r}", "be finite in float32", weight)
-    weights = {name: float(weight) for name, weight in weights.items()}
-    if not any(weights.values()):
-        raise invalid(_OP, "weights", "hold a weight other than 0", weights)
-    return weights
-
-
-def _check_options(combination_type, rank, energy, name, dtype) -> None:
-    if combination_type not in TYPES:
-        raise invalid(_OP, "combination_type", f"be one of {TYPES}", repr(combination_type))
-    for label, value in (("rank", rank), ("energy", energy)):
-        if value is not None and not _cuts(combination_type):
-            got = f"{value} for {combination_type!r}"
-            rule = "be given for 'svd', '*_svd', '*_core' and '*_knots' only"
-            raise invalid(_OP, label, rule, got)
-    if rank is not None and energy is not None:
-        raise invalid(_OP, "rank and energy", "not both be given", f"{rank} and {energy}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise invalid(_OP, "rank", "be an integer of at least 1", repr(rank))
-    if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise invalid(_OP, "energy", "be a number in (0, 1]", repr(energy))
-    if not isinstance(name, str) or not name or name == BASE:
-        raise invalid(_OP, "name", f"be a non-empty string other than {BASE!r}", repr(name))
-    if dtype is not None and dtype not in _DTYPES:
-        raise invalid(_OP, "dtype", f"be one of {_DTYPES}", dtype)
-
-
-def _check_saved(bank: AdapterBank, used: Sequence[Used], policy: str) -> None:
-    if policy not in ("error", "ignore"):
-        raise invalid(_OP, "saved_modules", "be 'error' or 'ignore'", repr(policy))
-    found = {
-        one.name: sorted({path.rpartition(".")[0] for path in bank.saved[one.name]})
-        for one in used
-        if one.name in bank.saved
-    }
-    if found and policy == "error":
-        rule = "have no saved modules (pass saved_modules='ignore' to leave them out)"
-        raise invalid(_OP, "adapters", rule, found)
-
-
-def _check_equal_ranks(bank: AdapterBank, used: Sequence[Used], kind: str) -> None:
-    for module, stack in bank.stacks.items():
-        ranks = {one.name: stack.ranks[one.id] for one in used if stack.ranks[one.id]}
-        if len(set(ranks.values())) > 1:
-            also = "'cat' or 'svd'" if kind == "linear" else f"'{kind}_svd' or '{kind}_core'"
-            got = f"{kind!r} at {module!r}, ranks {ranks}"
-            raise invalid(_OP, "combination_type", f"be {also} where ranks differ", got)
-
-
-def _common_rank(bank: AdapterBank, used: Sequence[Used], rank: int | None, kind: str) -> int:
-    """The rank asked for, or the largest merged; refused where no module's result can have it."""
-    if rank is None:
-        return max(stack.ranks[one.id] for stack in bank.stacks.values() for one in used)
-    limits = {
-        module: min(
-            stack.in_features,
-            stack.out_features,
-            # An entrywise rule on dense updates gives what has any rank.
-            *(() if kind.endswith("_svd") else [sum(stack.ranks[one.id] for one in used)]),
-        )
-        for module, stack in bank.stacks.items()
-    }
-    module = max(limits, key=limits.get)
-    if rank > limits[module]:
-        rule = f"be at most {limits[module]}, the largest rank of a result (at {module!r})"
-        raise invalid(_OP, "rank", rule, rank)
-    return rank

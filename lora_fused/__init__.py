@@ -11,7 +11,7 @@ from lora_fused.io import (
 )
 from lora_fused.mixture import Mixture
 from lora_fused.new import new_adapter
-from lora_fused.nn import attach, handle_of
+from lora_fused.nn import attach, handle_of, merge_into_base
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "handle_of",
     "load_adapters",
     "load_subspace",
+    "merge_into_base",
     "new_adapter",
     "read_adapter",
     "save_adapters",

@@ -2,5 +2,14 @@
 
 from lora_fused.nn.attach import Handle, attach, handle_of
 from lora_fused.nn.linear import MixtureEmbedding, MixtureLinear
+from lora_fused.nn.merge import MergedBase, merge_into_base
 
-__all__ = ["Handle", "MixtureEmbedding", "MixtureLinear", "attach", "handle_of"]
+__all__ = [
+    "Handle",
+    "MergedBase",
+    "MixtureEmbedding",
+    "MixtureLinear",
+    "attach",
+    "handle_of",
+    "merge_into_base",
+]

@@ -84,7 +84,8 @@ def targets(
         raise invalid(_OP, "modules", "take in a module of the bank", "none of them")
     unknown = [name for name in names if name not in modules]
     if unknown:
-        raise invalid(_OP, "model", "have every module of the bank", _unknown(unknown, modules))
+        got = unknown_modules(unknown, modules)
+        raise invalid(_OP, "model", "have every module of the bank", got)
     for name in names:
         basis = None if bases is None else bases[name]
         _check_target(f"module {name!r}", modules[name], bank.stacks[name], basis)
@@ -95,13 +96,14 @@ def targets(
     return {name: modules[name] for name in names}
 
 
-def check_distinct(layers: dict[str, nn.Module]) -> None:
+def check_distinct(layers: dict[str, nn.Module], op: str = _OP) -> None:
+    """Check that no module stands under two of the names."""
     first: dict[int, str] = {}
     for name, module in layers.items():
         other = first.setdefault(id(module), name)
         if other != name:
             rule = "be adapted under one name"
-            raise invalid(_OP, f"module {name!r}", rule, f"the same module as {other!r}")
+            raise invalid(op, f"module {name!r}", rule, f"the same module as {other!r}")
 
 
 def _check_target(
@@ -128,7 +130,8 @@ def _check_target(
         raise invalid(_OP, what, rule, layer_sizes(module))
 
 
-def _unknown(names: list[str], modules: dict[str, nn.Module]) -> str:
+def unknown_modules(names: list[str], modules: dict[str, nn.Module]) -> str:
+    """What an error says of names that are no modules, with close ones that are."""
     known = [name for name, module in modules.items() if layer_class(module) is not None]
     lines = []
     for name in names[:5]:
@@ -138,7 +141,7 @@ def _unknown(names: list[str], modules: dict[str, nn.Module]) -> str:
     return f"no {', '.join(lines)}{more}"
 
 
-def check_base(bank: AdapterBank, model: nn.Module) -> None:
+def check_base(bank: AdapterBank, model: nn.Module, op: str = _OP) -> None:
     """Warn of adapters whose config names another base model than this one."""
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     found = _parts(path)
@@ -150,7 +153,7 @@ def check_base(bank: AdapterBank, model: nn.Module) -> None:
         if _parts(base) and _parts(base)[-1] not in found:
             others.setdefault(base, []).append(name)
     for base, names in others.items():
-        _warn(f"the model is {path!r}, but {base!r} is the base of {_list(names)}")
+        _warn(f"the model is {path!r}, but {base!r} is the base of {_list(names)}", op)
 
 
 def _parts(path: object) -> list[str]:
@@ -221,5 +224,5 @@ def _list(names) -> str:
     return ", ".join(map(repr, names[:5])) + more
 
 
-def _warn(text: str) -> None:
-    warnings.warn(f"{_OP}: {text}", stacklevel=4)
+def _warn(text: str, op: str = _OP) -> None:
+    warnings.warn(f"{op}: {text}", stacklevel=4)

@@ -8,12 +8,19 @@ largest difference of a singular value from float64's, relative to the largest (
 of the product relative to the exact sum's (cat; linear: to PEFT's rule in float64). PEFT's svd
 takes minutes: it is timed --slow-rounds times, all else --rounds times, in turns. One thread and
 the CPU clock, so that a busy machine can be used.
+
+Entrywise rules run on the 28 modules, density 0.5. PEFT needs minutes for them, too: it is timed on
+--peft-modules of the modules, and the time is scaled. Their max_error is that of the product of one
+module to PEFT's rule and a full SVD in float64, DARE with the same masks on all sides; rows of a
+core space, another rule, have the difference to the dense one there, and say so.
 """
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +29,13 @@ from benchmarks import machine, table
 from benchmarks.harness import CLOCKS, Case, Result
 from lora_fused import Adapter, AdapterBank, LoraFactors
 from lora_fused.methods import merge
+from lora_fused.methods.entrywise import drawn
 
 ADAPTERS, RANK, ALPHA = 8, 16, 32
 WEIGHTS = {f"a{k}": (-1) ** k * 0.125 * (k + 1) for k in range(ADAPTERS)}  # exact in any dtype
 SIZES = ((1, 4096), (28, 2048))
 TYPES = ("svd", "cat", "linear")
+RULES, SPACES, DENSITY, SEED = ("ties", "dare_ties"), ("core", "knots"), 0.5, 0
 WORST_ERROR = 1e-5
 OURS, FULL, THIN = "lora_fused", "peft", "peft svd_full_matrices=False"
 
@@ -61,7 +70,7 @@ class PeftModel:
             parts[path] = LoraFactors(a, b, layer.scaling[name])
         return parts
 
-    def merge(self, combination_type: str, full: bool) -> dict[str, LoraFactors]:
+    def merge(self, combination_type: str, full: bool, **options) -> dict[str, LoraFactors]:
         """PEFT's merged factors; the adapter is taken out again by ``clear``."""
         self.model.add_weighted_adapter(
             list(WEIGHTS),
@@ -70,6 +79,7 @@ class PeftModel:
             combination_type,
             svd_rank=RANK,
             svd_full_matrices=full,
+            **options,
         )
         return {
             path: LoraFactors(
@@ -153,36 +163,122 @@ def _rank(kind: str) -> dict[str, int]:
     return {"rank": RANK} if kind == "svd" else {}
 
 
+def entrywise(bank: AdapterBank, kind: str) -> dict[str, LoraFactors]:
+    options = {"rank": RANK, "density": DENSITY, "seed": SEED}
+    return merge(bank, WEIGHTS, combination_type=kind, **options).adapter.modules
+
+
+@contextmanager
+def same_masks(module: str, shape: tuple[int, int]):
+    """PEFT's DARE with the masks that lora_fused draws."""
+    masks = [drawn(f"{module}\0{name}\0update", SEED, shape, DENSITY) for name in WEIGHTS]
+
+    def pruned(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        return tensor * masks.pop(0) / density
+
+    with mock.patch("peft.utils.merge_utils.random_pruning", pruned):
+        yield
+
+
+def agreement(rule: str, hidden: int) -> tuple[dict[str, float], float]:
+    """Of one module: relative errors of the products of PEFT and of each of our forms.
+
+    And how far our dense form is from PEFT's.
+    """
+    from peft.utils import merge_utils
+
+    peft = PeftModel(1, hidden)
+    (module,) = peft.bank.modules
+    masks = (module, (hidden, hidden))
+    with same_masks(*masks):
+        theirs = product(peft.merge(f"{rule}_svd", True, density=DENSITY)[module])
+    with same_masks(*masks):
+        updates = [product(peft.bank.adapter(name).modules[module]) for name in WEIGHTS]
+        weights = torch.tensor(list(WEIGHTS.values()), dtype=torch.float64)
+        dense = getattr(merge_utils, rule)(updates, weights, DENSITY)
+    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    truth = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+    found = {FULL: theirs}
+    for space in ("svd", *SPACES):
+        found[space] = product(entrywise(peft.bank, f"{rule}_{space}")[module])
+    errors = {name: float((part - truth).norm() / truth.norm()) for name, part in found.items()}
+    return errors, float((found["svd"] - theirs).norm() / theirs.norm())
+
+
+def race_rules(rule: str, modules: int, hidden: int, options) -> list[tuple[Case, list[Result]]]:
+    """The dense form and those in core spaces, each beside PEFT's dense form."""
+    now, few = CLOCKS["cpu"], min(options.peft_modules, modules)
+    (errors, apart), bank = agreement(rule, hidden), PeftModel(modules, hidden).bank
+    peft = PeftModel(few, hidden)
+
+    def timed(run: Callable, share: float = 1.0) -> float:
+        start = now()
+        run()
+        return (now() - start) * share
+
+    theirs = Result(FULL, ours=False, max_error=errors[FULL])
+    theirs.reason = f"timed on {few} of the modules, times {modules / few:g}"
+    found = {space: Result(OURS, ours=True, max_error=errors[space]) for space in ("svd", *SPACES)}
+    found["svd"].reason = f"{apart:.2g} from peft's product with the same masks"
+    if not errors["svd"] <= 2 * (errors[FULL] + torch.finfo(torch.float32).eps):
+        found["svd"].status, found["svd"].reason = "wrong", "further from float64 than PEFT"
+    for i in range(-1, options.rounds):  # the first is a warm-up
+        for space, result in found.items():
+            took = timed(lambda kind=f"{rule}_{space}": entrywise(bank, kind))
+            result.seconds += [took] if i >= 0 else []
+        if 0 <= i < options.slow_rounds:
+            peft.clear()
+            run = lambda: peft.merge(f"{rule}_svd", True, density=DENSITY)  # noqa: E731
+            theirs.seconds.append(timed(run, modules / few))
+    cells = []
+    for space, result in found.items():
+        if space != "svd":
+            result.reason = f"another rule: max_error is the difference to {rule}_svd"
+        kind = f"{rule}_{space}"
+        sizes = (modules, ADAPTERS, ADAPTERS, RANK, hidden, hidden)
+        cells.append((Case("merge", kind, "modules", *sizes), [result, theirs]))
+    return cells
+
+
+def record(case: Case, raced: list[Result], rates: machine.Rates, results) -> None:
+    """Print a case, and write its rows where they are wanted."""
+    ours = raced[0].quantile(0.5)
+    print(f"{case}")
+    for result in raced:
+        took = statistics.median(result.seconds)
+        ratio = f"{took / ours:9.1f}x ours" if not result.ours else ""
+        error = f"max error {result.max_error:.2g}"
+        print(f"  {result.name:30s} {took * 1e3:12.2f} ms  {error} {ratio}", flush=True)
+    # The least that is needed: two Gram matrices, and every factor read once.
+    rows, numbers = ADAPTERS * RANK, 2 * case.N * ADAPTERS * RANK * case.I
+    flops, traffic = 2.0 * numbers * rows, 4.0 * numbers
+    facts = {"flops": flops, "traffic": traffic, "clock": "cpu"}
+    facts["floor"] = rates.floor(flops, traffic, "float32")
+    if results is not None:
+        results.put(case, table.rows_of(case, raced, **facts))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_merging", description=__doc__)
     parser.add_argument("--csv", type=Path, help="where rows go; nothing is written without it")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--slow-rounds", type=int, default=1)
+    parser.add_argument("--peft-modules", type=int, default=4)
+    parser.add_argument("--only", choices=("exact", "entrywise"), help="one half of it")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = table.Table(options.csv) if options.csv else None
     rates = machine.Rates()
     print(f"{machine.cpu_model()}, torch {torch.__version__}, one thread, CPU clock")
-    for modules, hidden in SIZES:
+    for modules, hidden in SIZES if options.only != "entrywise" else ():
         peft = PeftModel(modules, hidden)
         for kind in TYPES:
             case = Case("merge", kind, "modules", modules, ADAPTERS, ADAPTERS, RANK, hidden, hidden)
-            start = time.perf_counter()
             raced = race(case, peft, options.rounds, options.slow_rounds)
-            ours = raced[0].quantile(0.5)
-            print(f"{case} ({time.perf_counter() - start:.0f} s)")
-            for result in raced:
-                took = statistics.median(result.seconds)
-                ratio = f"{took / ours:9.1f}x ours" if not result.ours else ""
-                error = f"max error {result.max_error:.2g}"
-                print(f"  {result.name:30s} {took * 1e3:12.2f} ms  {error} {ratio}", flush=True)
-            # The least that is needed: two Gram matrices, and every factor read once.
-            rows, numbers = ADAPTERS * RANK, 2 * modules * ADAPTERS * RANK * hidden
-            flops, traffic = 2.0 * numbers * rows, 4.0 * numbers
-            facts = {"flops": flops, "traffic": traffic, "clock": "cpu"}
-            facts["floor"] = rates.floor(flops, traffic, "float32")
-            if results is not None:
-                results.put(case, table.rows_of(case, raced, **facts))
+            record(case, raced, rates, results)
+    for rule in RULES if options.only != "exact" else ():
+        for case, raced in race_rules(rule, *SIZES[-1], options):
+            record(case, raced, rates, results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from lora_fused import __version__
-from lora_fused.cli import adapters, demo, info, subspace
+from lora_fused.cli import adapters, demo, info, merge, similarity, subspace
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 
@@ -79,5 +79,7 @@ def lora_fused(
 app.command()(info.info)
 app.command()(adapters.inspect)
 app.command()(adapters.validate)
+app.command()(merge.merge)
+app.command()(similarity.similarity)
 app.command()(demo.demo)
 app.add_typer(subspace.app, name="subspace")

@@ -60,17 +60,23 @@ class Basis(NamedTuple):
         return (left @ self.lift) @ self.rows
 
 
+def modules_of(bank: AdapterBank, used: Sequence[Used]) -> list[str]:
+    """The modules that adapters of a weight adapt."""
+    ids = [one.id for one in used if one.weight]
+    return [m for m, stack in bank.stacks.items() if any(stack.ranks[k] for k in ids)]
+
+
 def batches(bank: AdapterBank, used: Sequence[Used], values: int = 0) -> Iterator[list[str]]:
-    """The modules that adapters of a weight adapt, in batches of equal sizes and ranks.
+    """The modules of ``modules_of`` in batches of equal sizes and ranks.
 
     ``values``: float64 values of a batch; default: what suits the device.
     """
     groups: dict[tuple, list[str]] = {}
-    for module, stack in bank.stacks.items():
-        if any(stack.ranks[one.id] for one in used if one.weight):
-            ranks = tuple(stack.ranks[one.id] for one in used)
-            key = (stack.in_features, stack.out_features, ranks)
-            groups.setdefault(key, []).append(module)
+    for module in modules_of(bank, used):
+        stack = bank.stacks[module]
+        ranks = tuple(stack.ranks[one.id] for one in used)
+        key = (stack.in_features, stack.out_features, ranks)
+        groups.setdefault(key, []).append(module)
     budget = values or (BATCH_VALUES_CPU if bank.device.type == "cpu" else BATCH_VALUES)
     for (size_in, size_out, ranks), modules in groups.items():
         most = max(1, budget // (sum(ranks) * (size_in + size_out)))

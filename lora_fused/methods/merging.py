@@ -11,7 +11,7 @@ default is exact; draws have a seed; one adapter alone is not silently merged by
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -43,6 +43,7 @@ def merge(
     name: str = "merged",
     dtype: torch.dtype | None = None,
     saved_modules: str = "error",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Merged:
     """Merge adapters of a bank into one adapter; the bank stays as it is.
 
@@ -74,6 +75,7 @@ def merge(
         dtype: Of the result: float32, float16 or bfloat16. Default: the bank's.
         saved_modules: What fully trained modules (modules_to_save) do, which have no weighted sum
             here: ``"error"``, or ``"ignore"`` to leave them out.
+        progress: Called as progress(done, total) with numbers of modules.
 
     Returns:
         ``adapter`` and ``report``: for each module and overall the rank, the energy kept and
@@ -116,7 +118,17 @@ def merge(
         dtype=dtype,
         saved_modules=saved_modules,
     )
-    return finished(request, _parts(request))
+    return finished(request, _told(request, _parts(request), progress))
+
+
+def _told(request: Request, found: Iterable[Parts], progress) -> Iterator[Parts]:
+    """The parts, and after each the progress."""
+    done, total = 0, len(exact_sums.modules_of(request.bank, request.used))
+    for modules, part in found:
+        done += len(modules)
+        if progress is not None:
+            progress(done, total)
+        yield modules, part
 
 
 def _parts(request: Request) -> Iterator[Parts]:

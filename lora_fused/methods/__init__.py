@@ -1,5 +1,6 @@
 """Methods on adapters: each file one paper or family, on stacks and banks, never on files."""
 
+from lora_fused.methods.arrow import ArrowRouter, subtract_general
 from lora_fused.methods.clusters import SubspaceClusters
 from lora_fused.methods.composition import LearnedComposition, uniform
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
@@ -10,6 +11,7 @@ from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
 
 __all__ = [
+    "ArrowRouter",
     "FedexMerged",
     "FitOptions",
     "LearnedComposition",
@@ -23,5 +25,6 @@ __all__ = [
     "fit_subspace",
     "leave_one_out",
     "merge",
+    "subtract_general",
     "uniform",
 ]

@@ -5,6 +5,7 @@ from lora_fused.methods.clusters import SubspaceClusters
 from lora_fused.methods.composition import LearnedComposition, uniform
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
 from lora_fused.methods.fedex import FedexMerged, fedex
+from lora_fused.methods.lorahub import LoraHub, lorahub, mix_factors
 from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport
 from lora_fused.methods.merging import merge
 from lora_fused.methods.subspace import FitOptions, Subspace
@@ -15,6 +16,7 @@ __all__ = [
     "FedexMerged",
     "FitOptions",
     "LearnedComposition",
+    "LoraHub",
     "MergeReport",
     "Merged",
     "ModuleReport",
@@ -24,7 +26,9 @@ __all__ = [
     "fedex",
     "fit_subspace",
     "leave_one_out",
+    "lorahub",
     "merge",
+    "mix_factors",
     "subtract_general",
     "uniform",
 ]

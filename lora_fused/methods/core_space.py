@@ -51,12 +51,11 @@ def merge_knots(
     dtype: torch.dtype,
 ) -> Part:
     """KnOTS: the right singular vectors [Q, I] of each adapter combined, then cut to a rank."""
-    (coords_a,), basis_a = row_basis(total.lora_a)
     (coords_b,), basis_b = row_basis(total.lora_b)
-    parts = [coords_a[at] for at in layer.rows()]
+    factors = [total.lora_a[0, at] for at in layer.rows()]
     left = [coords_b[at].mT * s for at, s in zip(layer.rows(), layer.scales, strict=True)]
-    # Where a part is L q, q orthonormal, left @ L has the left vectors of left @ part.
-    lower = [torch.linalg.qr(part.mT, mode="r").R.mT for part in parts]
+    # Where A_k = L q, q orthonormal, left @ L has the left vectors of left @ A_k.
+    lower = [torch.linalg.qr(rows.mT, mode="r").R.mT for rows in factors]
     joined = torch.cat([b @ a for b, a in zip(left, lower, strict=True)], 1)
     u, s, _ = torch.linalg.svd(joined, full_matrices=False)
     u, s = (t[..., : _rank_of(s)] for t in (u, s))
@@ -64,7 +63,7 @@ def merge_knots(
     share = [inverse * (u.mT @ b) for b in left]
 
     def rows(k: int, span: slice) -> Tensor:
-        return basis_a.times((share[k][span] @ parts[k])[None])[0].float()
+        return (share[k][span] @ factors[k]).float()
 
     shape = (len(s), total.lora_a.shape[-1])
     vectors = rule.combine(rows, shape, layer.weights, layer.keys("knots"))

@@ -111,15 +111,12 @@ def cat(total: Sum, dtype: torch.dtype) -> Part:
     ratio = total.factor / scale[:, None]
     exact = total.lora_b * total.factor[..., None]
     lora_a, lora_b = total.lora_a.to(dtype), (total.lora_b * ratio[..., None]).to(dtype)
-    gram_a = gram(total.lora_a)
-    size = norm(gram(exact), gram_a)
-    left = lora_b.double() * scale[:, None, None] - exact
+    size = norm(exact, total.lora_a)
+    left, right = lora_b.double() * scale[:, None, None] - exact, total.lora_a
     if dtype.itemsize < 4:  # A may have been rounded too
         right = lora_a.double()
         left, right = torch.cat([left, exact], 1), torch.cat([right, right - total.lora_a], 1)
-        gram_a = gram(right)
-    ranks = [lora_a.shape[1]] * len(lora_a)
-    error = norm(gram(left), gram_a)
+    ranks, error = [lora_a.shape[1]] * len(lora_a), norm(left, right)
     return Part(lora_a, lora_b, scale, ranks, size, error, torch.ones_like(size), size)
 
 
@@ -131,8 +128,8 @@ def svd(total: Sum, rank: int | None, energy: float | None, dtype: torch.dtype) 
     lora_a, lora_b = cut.lora_a.to(dtype), cut.lora_b.to(dtype)
     stored_a, stored_b = lora_a.double(), lora_b.double()
     rounding = norm(
-        gram(torch.cat([stored_b - cut.lora_b, cut.lora_b], 1)),
-        gram(torch.cat([stored_a, stored_a - cut.lora_a], 1)),
+        torch.cat([stored_b - cut.lora_b, cut.lora_b], 1),
+        torch.cat([stored_a, stored_a - cut.lora_a], 1),
     )
     # What is cut off is orthogonal to what is kept, and to the rounding up to its square.
     error = torch.hypot(cut.lost, rounding)
@@ -191,16 +188,19 @@ def measured(
 ) -> Part:
     """Factors rounded to dtype, and how far they are from the exact sums; default scale: 1.
 
-    Good to some 1e-8 of the sums: all is from Gram matrices, whose differences cancel.
+    Good to some 1e-8 of the sums.
     """
     lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
     exact = total.lora_b * total.factor[..., None]
     rank = lora_a.shape[1]
     scale = total.factor.new_ones(len(lora_a)) if scale is None else scale
-    gram_a = gram(torch.cat([lora_a.double() * scale[:, None, None], total.lora_a], 1))
-    gram_b = gram(torch.cat([lora_b.double(), -exact], 1))
-    size = norm(gram_b[:, rank:, rank:], gram_a[:, rank:, rank:])
-    error = norm(gram_b, gram_a)
+    left = torch.cat([lora_b.double(), -exact], 1)
+    right = torch.cat([lora_a.double() * scale[:, None, None], total.lora_a], 1)
+    if _dense_is_cheaper(left, right):
+        size, error = norm(exact, total.lora_a), norm(left, right)
+    else:
+        grams = gram(left) * gram(right)
+        size, error = (_root(g) for g in (grams[:, rank:, rank:], grams))
     if cut is None:
         return Part(lora_a, lora_b, scale, [rank] * len(size), size, error, None, None)
     return Part(lora_a, lora_b, scale, cut.ranks, size, error, cut.energy, cut.norm)
@@ -235,9 +235,23 @@ def gram(rows: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
-def norm(gram_left: Tensor, gram_right: Tensor) -> Tensor:
-    """||left^T right||_F of [L, T, O] and [L, T, I], each [L]; good to 1e-8 of its terms."""
-    return (gram_left * gram_right).sum((-2, -1)).clamp_min(0).sqrt()
+def norm(left: Tensor, right: Tensor) -> Tensor:
+    """||left^T right||_F of [L, T, O] and [L, T, I], each [L].
+
+    From Gram matrices, good to 1e-8 of its terms, or, of more rows than either side has, as it is.
+    """
+    if _dense_is_cheaper(left, right):
+        return (left.mT @ right).norm(dim=(-2, -1))
+    return _root(gram(left) * gram(right))
+
+
+def _dense_is_cheaper(left: Tensor, right: Tensor) -> bool:
+    sizes = left.shape[-1], right.shape[-1]
+    return left.shape[1] * sum(sizes) > sizes[0] * sizes[1]
+
+
+def _root(products: Tensor) -> Tensor:
+    return products.sum((-2, -1)).clamp_min(0).sqrt()
 
 
 def _non_finite(stack: AdapterStack, module: str, held: Sequence[Used]) -> ValueError:

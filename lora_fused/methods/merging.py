@@ -62,7 +62,8 @@ def merge(
             no suffix: on A and on B, as PEFT does; ranks must agree, and cross terms as above.
             ``_svd``: on the dense updates, as PEFT does, then the best approximation of a rank.
             ``_core``: on the cores of Core Space, ``_knots``: on the right singular vectors of
-            KnOTS; as cheap as "svd", then the best approximation of a rank.
+            KnOTS, then the best approximation of a rank; far cheaper than "_svd" while the ranks
+            together stay below the layer's sides.
         rank: Of the result, for "svd", "_svd", "_core" and "_knots". A module whose result has less
             gets all of it. Default: the largest rank merged, as in PEFT.
         energy: In place of rank: each module gets the smallest rank that keeps this share of the
@@ -97,8 +98,8 @@ def merge(
 
     Cost:
         T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched;
-        entrywise rules go over each adapter's tensor twice more. Only "_svd" forms [O, I] matrices,
-        of one adapter at a time.
+        entrywise rules go over each adapter's matrix twice more. Only "_svd" forms [O, I] matrices,
+        of one adapter at a time: beside the factors, memory does not grow with the adapters.
 
     Example:
         >>> adapter, report = merge(bank, {"math": 0.7, "code": -0.2}, combination_type="svd")

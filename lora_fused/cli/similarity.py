@@ -57,6 +57,7 @@ def _told(result, found: list[Path], angles: dict) -> dict:
         "outputs": _cells(result.outputs),
         "chance": {"inputs": _none(result.chance_inputs), "outputs": _none(result.chance_outputs)},
     }
+    told["shared_a"] = result.shared_a
     if angles:
         told["angles_in_degrees"] = {
             module: {side: values.rad2deg().tolist() for side, values in sides.items()}
@@ -84,6 +85,8 @@ def _show(result, angles: dict, top: int) -> None:
     stdout().print(table(title, columns, rows))
     chance = f"{_figure(result.chance_inputs)} and {_figure(result.chance_outputs)}"
     _say(f"spaces: mean squared cosine of the principal angles; random ones have {chance}")
+    for note in result.notes():
+        _say(note)
     if angles:
         rows = [
             [module, *(_span(sides[side]) for side in ("inputs", "outputs"))]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.methods import clusters
+from lora_fused.methods.initialisations import shared_initialisations
 from lora_fused.methods.products import blocks
 
 # Of float32 factors, directions weaker than this share of the strongest are rounding.
@@ -35,6 +36,8 @@ class Similarity:
         outputs: the same of the column spaces.
         chance_inputs: what ``inputs`` is on average for random spaces of these sizes.
         chance_outputs: the same of ``outputs``.
+        shared_a: groups whose A's descend from one random A (see ``shared_initialisations``): their
+            row spaces were alike before any training.
     """
 
     names: list[str]
@@ -43,6 +46,7 @@ class Similarity:
     outputs: Tensor
     chance_inputs: float
     chance_outputs: float
+    shared_a: list[dict]
 
     def pairs(self, count: int | None = None) -> list[tuple[str, str, float, float, float]]:
         """(name, name, cosine, inputs, outputs), the largest |cosine| first."""
@@ -55,6 +59,14 @@ class Similarity:
                 *(float(m[j, k]) for m in (self.cosine, self.inputs, self.outputs)),
             )
             for j, k in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+        ]
+
+    def notes(self) -> list[str]:
+        """What the row spaces of adapters of one random A say, where there are such."""
+        return [
+            f"One random A (median |cosine| {group['median_cosine']:.2f}): "
+            f"{', '.join(group['adapters'])}. Their row spaces were alike before any training."
+            for group in self.shared_a
         ]
 
     def save_html(self, path: str | os.PathLike) -> Path:
@@ -87,7 +99,8 @@ def compare(bank: AdapterBank) -> Similarity:
         found.append(mean)
         off = layers[live][:, live].triu(1)
         chances.append(float(by_chance[live][:, live].triu(1).sum() / off.sum()))
-    return Similarity(bank.names, clusters.similarity(bank).cpu(), *found, *chances)
+    groups = shared_initialisations([bank.adapter(name) for name in bank.names])
+    return Similarity(bank.names, clusters.similarity(bank).cpu(), *found, *chances, groups)
 
 
 @torch.no_grad()

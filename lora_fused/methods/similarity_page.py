@@ -31,6 +31,7 @@ def html(found) -> str:
     parts = [heading(title, 1)]
     note = "From the updates scale * B A alone: another split of them into A and B changes nothing."
     parts.append(paragraph(f"{note} Diagonals are left white.", "note"))
+    parts += [paragraph(note) for note in found.notes()]
     for label, matrix, caption in maps:
         chart = heat_map(_ordered(matrix, order), names, tree, label)
         parts += [heading(label), figure(chart, caption)]

@@ -74,6 +74,8 @@ def test_random_spaces_are_as_alike_as_chance_says():
         a = bank.adapter("0").modules["v"].lora_a
         shared.add(Adapter(name, {"v": LoraFactors(a, part.lora_b, part.scale)}))
     assert compare(shared).inputs.min() > 1 - 1e-5
+    assert found.notes() == [] and len(compare(shared).shared_a[0]["adapters"]) == 40
+    assert "were alike before any training" in compare(shared).notes()[0]
 
 
 def test_principal_angles_of_known_spaces():

@@ -70,7 +70,7 @@ def merge(
 
     The recipe of the merge is written beside the result, as recipe.yaml.
     """
-    from lora_fused.cli.recipe import need_yaml, write_recipe
+    from lora_fused.cli.recipe import need_yaml
 
     need_yaml()
     options = {
@@ -90,30 +90,12 @@ def merge(
     bank = load(found, reporter, any_base, allow_pickle)
     given = dict(zip(bank.names, numbers, strict=True))
     merged = _merged(bank, given, options, reporter)
-    report = merged.report
-    told = {
-        "path": None if target is None else str(target),
-        "combination_type": report.combination_type,
-        "adapters": [
-            {"name": name, "path": str(path), "weight": weight}
-            for path, (name, weight) in zip(found, report.weights.items(), strict=True)
-        ],
-        "options": report.options,
-        **_figures(report),
-    }
     if target is not None:
-        from lora_fused.io import write_adapter
-
-        write_adapter(merged.adapter, target, overwrite_ok=overwrite)
-        record = {"combination_type": report.combination_type, **report.options}
-        record |= {key: options[key] for key in ("dtype", "saved_modules") if key in options}
-        pairs = list(zip(found, report.weights.values(), strict=True))
-        write_recipe(target, pairs, record, _figures(report))
+        _write(merged, target, overwrite, found, options)
     if as_json:
-        modules = {module: part._asdict() for module, part in report.modules.items()}
-        print_json({**told, "modules": {m: _finite(part) for m, part in modules.items()}})
-        return
-    _show(report, target)
+        print_json(_told(merged.report, target, found))
+    else:
+        _show(merged.report, target)
 
 
 def _asked(paths, weights: str | None, recipe: str | None, options: dict):
@@ -208,6 +190,31 @@ def _merged(bank: AdapterBank, weights: dict, options: dict, reporter: Reporter)
             done = now
 
         return run(bank, weights, name=name, progress=progress, **options)
+
+
+def _write(merged, target: Path, overwrite: bool, found: list[Path], options: dict) -> None:
+    """Write the adapter, and its recipe beside it."""
+    from lora_fused.cli.recipe import write_recipe
+    from lora_fused.io import write_adapter
+
+    report = merged.report
+    write_adapter(merged.adapter, target, overwrite_ok=overwrite)
+    record = {"combination_type": report.combination_type, **report.options}
+    record |= {key: options[key] for key in ("dtype", "saved_modules") if key in options}
+    pairs = list(zip(found, report.weights.values(), strict=True))
+    write_recipe(target, pairs, record, _figures(report))
+
+
+def _told(report, target: Path | None, found: list[Path]) -> dict:
+    adapters = zip(found, report.weights.items(), strict=True)
+    return {
+        "path": None if target is None else str(target),
+        "combination_type": report.combination_type,
+        "adapters": [{"name": n, "path": str(path), "weight": w} for path, (n, w) in adapters],
+        "options": report.options,
+        **_figures(report),
+        "modules": {module: _finite(part._asdict()) for module, part in report.modules.items()},
+    }
 
 
 def _figures(report) -> dict:

@@ -28,14 +28,14 @@ def similarity(
     """
     from lora_fused.cli.merge import load
     from lora_fused.io.find import expand
-    from lora_fused.methods.similarity import compare, principal_angles
+    from lora_fused.methods.similarity import compare_adapters, principal_angles
 
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise FileNotFoundError(f"similarity: no such folder: {Path(html).absolute().parent}")
     reporter, found = Reporter(quiet), expand(paths)
     bank = load(found, reporter, any_base, allow_pickle)
     with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:
-        result = compare(bank)
+        result = compare_adapters(bank)
         advance(1)
     angles = principal_angles(bank, *bank.names) if len(bank) == 2 else {}
     if html is not None:

@@ -8,6 +8,7 @@ from lora_fused.methods.fedex import FedexMerged, fedex
 from lora_fused.methods.lorahub import LoraHub, lorahub, mix_factors
 from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport
 from lora_fused.methods.merging import merge
+from lora_fused.methods.similarity import Similarity, compare_adapters, principal_angles
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
 
@@ -20,15 +21,18 @@ __all__ = [
     "MergeReport",
     "Merged",
     "ModuleReport",
+    "Similarity",
     "Subspace",
     "SubspaceClusters",
     "SubspaceErrors",
+    "compare_adapters",
     "fedex",
     "fit_subspace",
     "leave_one_out",
     "lorahub",
     "merge",
     "mix_factors",
+    "principal_angles",
     "subtract_general",
     "uniform",
 ]

@@ -78,7 +78,7 @@ class Similarity:
 
 
 @torch.no_grad()
-def compare(bank: AdapterBank) -> Similarity:
+def compare_adapters(bank: AdapterBank) -> Similarity:
     """How alike the adapters of a bank are; costs T^2 (I + O) a layer, T the sum of the ranks.
 
     Raises:

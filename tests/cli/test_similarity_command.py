@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lora_fused import load_adapters
-from lora_fused.methods.similarity import compare
+from lora_fused.methods.similarity import compare_adapters
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def folders(make_adapter):
 def test_json_holds_every_measure(run, folders):
     done = run("similarity", *folders, "--json", "-q")
     assert done.exit_code == 0 and done.stderr == "", done.output
-    found, truth = json.loads(done.stdout), compare(load_adapters(folders))
+    found, truth = json.loads(done.stdout), compare_adapters(load_adapters(folders))
     assert [one["name"] for one in found["adapters"]] == ["mr", "cr", "sst", "qnli"]
     for key in ("cosine", "inputs", "outputs"):
         assert found[key] == getattr(truth, key).tolist()

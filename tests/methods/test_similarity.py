@@ -8,7 +8,7 @@ from test_merging import adapter, make_bank, product
 from test_merging_rules import regauged
 
 from lora_fused import Adapter, AdapterBank, LoraFactors
-from lora_fused.methods.similarity import compare, principal_angles
+from lora_fused.methods.similarity import compare_adapters, principal_angles
 
 
 def spaces(part: LoraFactors) -> tuple:
@@ -31,7 +31,7 @@ def dense_overlap(bank: AdapterBank, first: str, second: str, side: int) -> floa
 def test_matches_dense_matrices():
     """Mixed ranks, layers that lack; averages over the layers in common alone."""
     bank = make_bank()
-    found = compare(bank)
+    found = compare_adapters(bank)
     assert found.names == bank.names
     for j, first in enumerate(bank.names):
         for k, second in enumerate(bank.names):
@@ -53,7 +53,7 @@ def test_matches_dense_matrices():
 
 def test_no_change_of_gauge_shows():
     bank = make_bank()
-    before, after = compare(bank), compare(regauged(bank))
+    before, after = compare_adapters(bank), compare_adapters(regauged(bank))
     for measure in ("cosine", "inputs", "outputs"):
         one, other = getattr(before, measure), getattr(after, measure)
         assert (one - other).abs().max() < 1e-5, measure
@@ -64,7 +64,7 @@ def test_no_change_of_gauge_shows():
 def test_random_spaces_are_as_alike_as_chance_says():
     bank = AdapterBank()
     bank.add_many([adapter(f"{i}", {"q": 4 + 2 * (i % 2), "v": 4}, i) for i in range(40)])
-    found = compare(bank)
+    found = compare_adapters(bank)
     for side in ("inputs", "outputs"):
         mean = getattr(found, side)[torch.ones(40, 40).triu(1).bool()].mean()
         assert float(mean) == pytest.approx(getattr(found, f"chance_{side}"), rel=0.03)
@@ -73,9 +73,9 @@ def test_random_spaces_are_as_alike_as_chance_says():
         part = bank.adapter(name).modules["v"]
         a = bank.adapter("0").modules["v"].lora_a
         shared.add(Adapter(name, {"v": LoraFactors(a, part.lora_b, part.scale)}))
-    assert compare(shared).inputs.min() > 1 - 1e-5
-    assert found.notes() == [] and len(compare(shared).shared_a[0]["adapters"]) == 40
-    assert "were alike before any training" in compare(shared).notes()[0]
+    assert compare_adapters(shared).inputs.min() > 1 - 1e-5
+    assert found.notes() == [] and len(compare_adapters(shared).shared_a[0]["adapters"]) == 40
+    assert "were alike before any training" in compare_adapters(shared).notes()[0]
 
 
 def test_principal_angles_of_known_spaces():
@@ -102,7 +102,7 @@ def test_principal_angles_of_known_spaces():
 def test_updates_that_are_zero_or_share_no_layer():
     bank = make_bank({"math": {"q": 4}, "code": {"q": 4}, "chat": {"v": 4}})
     bank.stacks["q"].lora_b[:4] = 0
-    found = compare(bank)
+    found = compare_adapters(bank)
     assert found.inputs[0].isnan().all() and found.inputs[1, 2].isnan()
     assert float(found.inputs[1, 1]) == pytest.approx(1) and not found.cosine[0].any()
     assert principal_angles(bank, "math", "code") == {}
@@ -119,7 +119,7 @@ def test_dependent_rows_are_no_directions():
 
 
 def test_the_page_stands_alone(tmp_path):
-    path = compare(make_bank()).save_html(tmp_path / "page.html")
+    path = compare_adapters(make_bank()).save_html(tmp_path / "page.html")
     text = path.read_text()
     assert text.startswith("<!doctype html>") and text.count("<svg") == 3
     assert "math, chat" in text or "math, code" in text
@@ -128,13 +128,13 @@ def test_the_page_stands_alone(tmp_path):
 
 def test_two_are_needed():
     with pytest.raises(ValueError, match="similarity: bank must hold at least two adapters, got 1"):
-        compare(make_bank({"math": {"q": 4}}))
+        compare_adapters(make_bank({"math": {"q": 4}}))
     with pytest.raises(ValueError, match="similarity: bank must be an AdapterBank, got list"):
-        compare([])
+        compare_adapters([])
 
 
 def test_pairs_come_in_order():
-    pairs = compare(make_bank()).pairs()
+    pairs = compare_adapters(make_bank()).pairs()
     sizes = torch.tensor([abs(pair[2]) for pair in pairs]).double()
     assert sizes.equal(sizes.sort(descending=True).values)
-    assert len(compare(make_bank()).pairs(1)) == 1
+    assert len(compare_adapters(make_bank()).pairs(1)) == 1

@@ -48,18 +48,19 @@ def combined(layer: Layer, rule: Entrywise) -> Tensor:
 
 def leading(dense: Tensor, rank: int | None, energy: float | None) -> Cut:
     """The best approximation of a rank, or of the rank that keeps a share of the energy."""
-    u, s, vh = _singular(dense.double(), rank, energy)
+    wide = dense.double()
+    u, s, vh = _singular(wide, dense, rank, energy)
     root = s.sqrt()[:, None]
-    kept, whole = s.square().sum(), dense.double().square().sum()
+    kept, whole = s.square().sum(), torch.linalg.vector_norm(wide).square()
     lost = (whole - kept).clamp_min(0).sqrt()
     share = (kept / whole).clamp_max(1) if whole > 0 else torch.ones_like(whole)
     factors = ((root * vh)[None], (root * u.mT)[None])
     return Cut(*factors, [len(s)], whole.sqrt()[None], lost[None], share[None])
 
 
-def _singular(dense: Tensor, rank: int | None, energy: float | None) -> tuple:
-    """u, s and vh of the leading part of [O, I], float64."""
-    if not dense.any():
+def _singular(dense: Tensor, narrow: Tensor, rank: int | None, energy: float | None) -> tuple:
+    """u, s and vh of the leading part of [O, I], float64; ``narrow``: the same in float32."""
+    if not narrow.any():
         rank = rank or 1
         return dense[:, :rank], dense.new_zeros(rank), dense[:rank]
     side = min(dense.shape)
@@ -67,7 +68,7 @@ def _singular(dense: Tensor, rank: int | None, energy: float | None) -> tuple:
     few = rank is not None and side > _SMALL and 4 * (rank + _SPARE) < side
     for steps in _STEPS if few else ():
         options = {"rank": rank + _SPARE, "method": "krylov", "power_iterations": steps}
-        u, s, vh = _refined(dense, stacked_svd(dense.float(), **options).vh)
+        u, s, vh = _refined(dense, stacked_svd(narrow, **options).vh)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
         # M^T u = s v holds by construction; the other side says how far it is.
         left = (dense @ vh.mT - u * s).norm(dim=0)

@@ -79,7 +79,7 @@ class Entrywise:
     def _pruned(self, values: Tensor, span: slice, key: str, cut: "Cut | None") -> Tensor:
         """A block with the entries that are not kept set to zero."""
         if cut is not None:
-            values = torch.nn.functional.hardshrink(values, cut.limit)
+            values = torch.nn.functional.hardshrink(values.contiguous(), cut.limit)
             return cut.clear(values, span)
         if self.density == 1:
             return values
@@ -165,7 +165,7 @@ def _cut(rows: Rows, k: int, shape: tuple[int, int], density: float) -> Cut:
     if count < 1:
         got = f"{density} of {total} values"
         raise invalid("merge", "density", "keep at least one value of each matrix", got)
-    sizes = torch.cat([rows(k, span).abs_().view(-1) for span in spans(shape)])
+    sizes = torch.cat([rows(k, span).abs_().reshape(-1) for span in spans(shape)])
     least, held = _least_kept(sizes, count)
     extra = (sizes == least).nonzero()[:, 0][count - held :] if held > count else None
     return Cut(float(torch.nextafter(least, least.new_zeros(()))), extra, shape[1])

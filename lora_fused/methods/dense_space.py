@@ -14,7 +14,7 @@ from lora_fused.methods.factor_space import Layer
 from lora_fused.ops import stacked_svd
 
 _SPARE = 8  # directions beyond the rank, which speed up its last ones
-_SMALL = 128  # sides up to here are decomposed in full
+_SMALL, _LARGE = 128, 1024  # sides decomposed in full: up to here always, beyond in float32
 _STEPS = (6, 16)  # power iterations tried; then the whole is decomposed
 # ||M^T u - s v|| / s_1 that is good enough: what LAPACK's float32 SVD leaves is some times larger.
 _CONVERGED = 4 * torch.finfo(torch.float32).eps
@@ -60,10 +60,10 @@ def leading(dense: Tensor, rank: int | None, energy: float | None) -> Cut:
 
 def _singular(dense: Tensor, narrow: Tensor, rank: int | None, energy: float | None) -> tuple:
     """u, s and vh of the leading part of [O, I], float64; ``narrow``: the same in float32."""
-    if not narrow.any():
-        rank = rank or 1
-        return dense[:, :rank], dense.new_zeros(rank), dense[:rank]
     side = min(dense.shape)
+    if not narrow.any():
+        rank = min(rank or 1, side)
+        return dense[:, :rank], dense.new_zeros(rank), dense[:rank]
     # The share of the energy that is asked for may need any number of directions.
     few = rank is not None and side > _SMALL and 4 * (rank + _SPARE) < side
     for steps in _STEPS if few else ():
@@ -74,7 +74,8 @@ def _singular(dense: Tensor, narrow: Tensor, rank: int | None, energy: float | N
         left = (dense @ vh.mT - u * s).norm(dim=0)
         if bool((left <= _CONVERGED * s[0]).all()):
             return u, s, vh
-    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    whole = dense if side <= _LARGE else narrow
+    u, s, vh = (t.double() for t in torch.linalg.svd(whole, full_matrices=False))
     if rank is None:
         reached = s.square().cumsum(0)
         rank = int((reached < energy * reached[-1]).sum()) + 1

@@ -99,7 +99,8 @@ def merge(
     Cost:
         T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched;
         entrywise rules go over each adapter's matrix twice more. Only "_svd" forms [O, I] matrices,
-        of one adapter at a time: beside the factors, memory does not grow with the adapters.
+        of one adapter at a time: beside the factors, memory does not grow with the adapters; with
+        ``energy``, or a rank of a quarter of a side, it decomposes them in full.
 
     Example:
         >>> adapter, report = merge(bank, {"math": 0.7, "code": -0.2}, combination_type="svd")

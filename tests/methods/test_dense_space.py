@@ -76,3 +76,22 @@ def test_energy_finds_the_smallest_rank():
     cut = dense_space.leading(dense, None, 0.9)
     assert cut.ranks == [int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1]
     assert 0.9 <= float(cut.energy[0]) < 0.93
+
+
+def test_zero_and_ranks_beyond_the_sides():
+    for rank in (3, 50):
+        cut = dense_space.leading(torch.zeros(40, 60), rank, None)
+        assert cut.lora_a.shape == (1, min(rank, 40), 60) and not cut.lora_b.any()
+        assert float(cut.norm) == 0 and float(cut.energy) == 1
+    dense = matrix(210, 150, SPECTRA["decay"])
+    cut = dense_space.leading(dense, 400, None)
+    assert_within_budget(cut.lora_b[0].mT @ cut.lora_a[0], dense, dense.double())
+
+
+def test_large_sides_are_decomposed_as_peft_does(monkeypatch):
+    monkeypatch.setattr(dense_space, "_LARGE", 100)
+    dense = matrix(210, 150, SPECTRA["decay"])
+    cut = dense_space.leading(dense, None, 0.5)
+    best = cut_off(dense.double(), cut.ranks[0])
+    found = (cut.lora_b[0].mT @ cut.lora_a[0]).float()
+    assert_within_budget(found, cut_off(dense, cut.ranks[0]), best)

@@ -148,10 +148,10 @@ def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lo
     values = torch.tensor([list(weights.values())], dtype=torch.float32)
     modules = {}
     for layer, stack in bank.stacks.items():
-        if stack.ranks[bank.id(names[0])]:
+        first = next((k for name in names if stack.ranks[k := bank.id(name)]), None)
+        if first is not None:
             sides = (side[0] for side in _mixed(bank, layer, names, values))
-            scale = float(stack.scale[bank.id(names[0])])
-            modules[layer] = LoraFactors(*sides, scale, stack.embedding)
+            modules[layer] = LoraFactors(*sides, float(stack.scale[first]), stack.embedding)
     config = bank.metadata[names[0]].get("config")
     return Adapter(name, modules, metadata={} if config is None else {"config": dict(config)})
 
@@ -216,10 +216,10 @@ class _Mixed:
     def put(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Write these candidates; return their ids and weights of 1, ``[C, 1]``."""
         bank = self._bank
-        while len(self._ids) < len(weights):
-            spare = f"__lorahub_{len(self._ids)}__"
-            start = mix_factors(bank, dict.fromkeys(self._names, 0.0), spare)
-            self._ids.append(bank.add(start))
+        if len(self._ids) < len(weights):
+            start = mix_factors(bank, dict.fromkeys(self._names, 0.0))
+            spare = [f"__lorahub_{i}__" for i in range(len(self._ids), len(weights))]
+            self._ids += bank.add_many(dataclasses.replace(start, name=name) for name in spare)
         for layer, stack in bank.stacks.items():
             if stack.ranks[self._ids[0]]:
                 sides = _mixed(bank, layer, self._names, weights)
@@ -239,18 +239,18 @@ def _mixed(
 ) -> tuple[Tensor, Tensor]:
     """Mixed factors ``[C, R, I]`` and ``[C, R, O]`` of weights ``[C, J]``, in the bank's dtype."""
     stack, ids = bank.stacks[layer], [bank.id(name) for name in names]
-    return tuple(
-        torch.tensordot(weights.to(rows.device), rows_of(stack, rows.detach(), ids).float(), 1).to(
-            rows.dtype
-        )
-        for rows in stack.factors()
-    )
+    held = [j for j, k in enumerate(ids) if stack.ranks[k]]  # the others add 0
+    ids, sides = [ids[j] for j in held], []
+    for rows in stack.factors():
+        own = rows_of(stack, rows.detach(), ids).float()
+        sides.append(torch.tensordot(weights[:, held].to(own), own, 1).to(rows.dtype))
+    return tuple(sides)
 
 
 def _check_factors(bank: AdapterBank, names: tuple[str, ...]) -> None:
     ids = [bank.id(name) for name in names]
     for layer, stack in bank.stacks.items():
-        facts = {(stack.ranks[k], float(stack.scale[k]) if stack.ranks[k] else 0) for k in ids}
+        facts = {(stack.ranks[k], float(stack.scale[k])) for k in ids if stack.ranks[k]}
         if len(facts) > 1:
             rule = "be 'products' where ranks or scales differ"
             raise invalid(_OP, "mix", rule, f"'factors' at {layer!r}, {sorted(facts)}")

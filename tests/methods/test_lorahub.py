@@ -127,9 +127,11 @@ def test_factors_are_mixed_as_the_paper_does():
 
 def test_mixed_factors_are_sums():
     bank = Problem(ranks=(2, 2, 2, 2)).bank
-    weights = {"a": 0.5, "d": -1.25}
+    bank.add(adapter("e", 5, 2, ["down"]))
+    bank.stacks["down"].scale.fill_(1.5)
+    weights = {"e": 2.0, "a": 0.5, "d": -1.25}  # "e" lacks the layer and adds 0 to it
     part = mix_factors(bank, weights).modules["up"]
-    parts = [bank.adapter(name).modules["up"] for name in weights]
+    parts = [bank.adapter(name).modules["up"] for name in "ad"]
     for side in ("lora_a", "lora_b"):
         factors = [getattr(one, side) for one in parts]
         truth = 0.5 * factors[0].double() - 1.25 * factors[1].double()

@@ -65,6 +65,6 @@ def merge_factors(layer: Layer, total: Sum, rule: Entrywise, dtype: torch.dtype)
 
 def _combined(factors: list[Tensor], weights: list[float], keys: list[str], rule: Entrywise):
     def rows(k: int, span: slice) -> Tensor:
-        return factors[k][span].double()
+        return factors[k][span].to(torch.float64, copy=True)
 
     return rule.combine(rows, factors[0].shape, weights, keys)

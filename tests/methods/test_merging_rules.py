@@ -202,6 +202,18 @@ def test_untrained_adapters_and_shared_factors(kind):
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_bank_stays_as_it_was(kind, dtype):
+    bank = AdapterBank(dtype=dtype)
+    bank.add_many([adapter(name, {"q": 4, "v": 4}, i) for i, name in enumerate(WEIGHTS)])
+    before = {module: [t.clone() for t in stack.factors()] for module, stack in bank.stacks.items()}
+    for density in (0.5, 1):
+        merge(bank, WEIGHTS, combination_type=kind, density=density)
+    for module, stack in bank.stacks.items():
+        assert all(a.equal(b) for a, b in zip(stack.factors(), before[module], strict=True))
+
+
 BAD = {
     "no density": ({}, r"density must be a number in \(0, 1\], got None for 'ties_svd'"),
     "density 0": ({"density": 0}, r"density must be a number in \(0, 1\], got 0 for"),

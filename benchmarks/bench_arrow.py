@@ -23,7 +23,7 @@ from lora_fused.methods import ArrowRouter
 from lora_fused.ops import mixture_lora
 
 TOKENS, ADAPTERS, CHOSEN, HIDDEN, ALPHA, TEMPERATURE = 512, 64, 3, 2048, 32, 1.0
-RANKS, PARTS = (16, 8), ("update", "layer")
+RANKS, PARTS = (8, 16), ("update", "layer")  # 8 is PEFT's default
 LEAD = 3.0  # of the first rank component, in either factor
 
 

@@ -85,8 +85,8 @@ class LearnedComposition(nn.Module):
         The gradient is that of the loss (finite differences agree). Weights are read as float32.
 
     Cost:
-        One mixture_lora per layer and direction. Saved for backward: x of each layer and
-        references to the bank, whatever K.
+        One mixture_lora per layer and direction. A kernel saves each layer's x and refers to the
+        bank, whatever K; the reference saves rank-wide intermediates besides.
 
     Source:
         arXiv 2402.15414; see the module's docstring for where we differ.
@@ -238,7 +238,7 @@ class LearnedComposition(nn.Module):
             ValueError: a wrong argument; a loss that is no finite scalar.
         """
         train = list(train)
-        _check_fit(self, handle, batches, epochs, validation, patience, l1)
+        _check_fit(self, handle, batches, train, epochs, validation, patience, l1)
         values = [*self.parameters(), *train]
         optimizer = torch.optim.Adam(values, learning_rate)
 
@@ -322,10 +322,13 @@ def _onto_simplex(values: Tensor) -> Tensor:
     return (values - excess.gather(-1, size - 1) / size).clamp_min(0)
 
 
-def _check_fit(composition, handle, batches, epochs, validation, patience, l1) -> None:
+def _check_fit(composition, handle, batches, train, epochs, validation, patience, l1) -> None:
     if getattr(handle, "bank", None) is not composition.bank:
         rule = "be that of a model attached to the composition's own bank"
         raise invalid(_FIT, "handle", rule, repr(handle))
+    if not all(isinstance(p, nn.Parameter) and p.requires_grad for p in train):
+        rule = "hold Parameters that require grad (head.requires_grad_(True))"
+        raise invalid(_FIT, "train", rule, "others")
     for label, value in (("epochs", epochs), ("patience", patience)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise invalid(_FIT, label, "be an integer of at least 1", repr(value))

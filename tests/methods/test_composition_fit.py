@@ -7,6 +7,7 @@ from support.models import Net, adapter, tokens
 from torch import nn
 
 from lora_fused import AdapterBank
+from lora_fused.backends import ERRORS
 from lora_fused.io import load_adapters
 from lora_fused.methods import LearnedComposition
 from lora_fused.nn import attach
@@ -123,6 +124,7 @@ def test_an_error_leaves_the_best_values_and_no_mixture():
         ({"validation": iter([1])}, r"validation must be iterable once per epoch"),
         ({"validation": []}, "batches and validation must hold at least one batch"),
         ({"l1": 0.1}, "constraint must be 'none'"),
+        ({"train": [torch.ones(2)]}, "train must hold Parameters that require grad"),
     ],
     ids=str,
 )
@@ -138,6 +140,56 @@ def test_rejects_a_loss_per_row_and_a_handle_of_another_bank():
         problem.fit()
     with pytest.raises(ValueError, match="handle must be that of a model attached to the comp"):
         Problem().composition.fit(problem.handle, problem.loss, problem.batches)
+
+
+class Loop(nn.Module):
+    """The same composition as a loop over adapters: what must not be saved."""
+
+    def __init__(self, layer, stack, weights):
+        super().__init__()
+        self.layer, self.stack, self.weights = layer, stack, weights
+
+    def forward(self, x):
+        y = self.layer(x)
+        for k, p in enumerate(self.weights()):
+            rows = self.stack.rows(k)
+            y = y + p * (x @ self.stack.lora_a[rows].T @ self.stack.lora_b[rows])
+        return y
+
+
+def saved_numbers(run) -> int:
+    """How many numbers autograd keeps for what runs, each storage once."""
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        found = run()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in held}
+    del found
+    return sum(sizes.values())
+
+
+@pytest.mark.skipif(bool(ERRORS["native"]), reason=str(ERRORS["native"]))
+def test_what_a_step_saves_does_not_grow_with_the_adapters():
+    samples, length = 16, 32
+    x, grown = torch.randn(samples, length, 8), []
+    for build in ("mixture", "loop"):
+        sizes = []
+        for count in (2, 12):
+            layer = nn.ModuleDict({"up": nn.Linear(8, 12)}).requires_grad_(False)
+            bank = AdapterBank()
+            bank.add_many([adapter(f"a{k}", k, 2, ["up"]) for k in range(count)])
+            composition = LearnedComposition(bank)
+            if build == "loop":
+                loop = Loop(layer["up"], bank.stacks["up"], lambda c=composition: c()[0])
+                sizes.append(saved_numbers(lambda run=loop: run(x)))
+                continue
+            handle = attach(layer, bank)
+            with handle.mix(composition.mixture()):
+                sizes.append(saved_numbers(lambda run=layer["up"]: run(x)))
+        grown.append(sizes[1] - sizes[0])
+    rank_wide = samples * length * 10 * 2  # of ten more adapters of rank 2
+    factors = 10 * 2 * (8 + 12)  # the bank's own, which autograd merely refers to
+    assert 0 <= grown[0] <= factors + 200 < rank_wide
+    assert grown[1] > 10 * samples * length * 12  # the loop keeps every adapter's output
 
 
 @pytest.mark.filterwarnings("ignore:attach. the model is")

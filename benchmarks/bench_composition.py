@@ -5,7 +5,7 @@
 "train": forward and backward for one weight per adapter and layer (K of its adapters; T texts of S
 tokens as "TxS"), against a loop over adapters in every layer; max_error is that of the gradient
 against float64, memory_mib what autograd saves beyond parameters and adapters. "lorahub": mean
-losses of 24 candidates on T examples, in batches of 256 rows, one at a time, and in PEFT with the
+losses of 24 candidates on T examples, in batches of 64 rows, one at a time, and in PEFT with the
 products of "cat" or with LoraHub's mixed factors loaded per candidate; max_error is the largest
 difference of a loss from one at a time. N counts tokens. One thread, the CPU clock, in turns.
 
@@ -34,7 +34,7 @@ from lora_fused.methods import LearnedComposition, lorahub
 ADAPTERS, RANK, HIDDEN, LOOP = 16, 8, 384, "loop over adapters"
 TRAIN = ((16, 32, 32), (16, 16, 16), (8, 32, 32), (4, 32, 32))  # K, texts, tokens
 HUB = ((5, 16), (16, 32))  # examples, tokens
-CANDIDATES, MAX_ROWS, WORST_ERROR = 24, 256, 1e-5
+CANDIDATES, MAX_ROWS, WORST_ERROR = 24, 64, 1e-5
 FOLDER = Path(os.environ.get("LORA_FUSED_DATA", "../shared/data")) / "adapters_minilm"
 
 

@@ -89,7 +89,7 @@ def lorahub(
         step: Standard deviation of the first generation about 0.
         population: Candidates of a generation. Default: 4 + 3 ln J; more use a large batch better.
         max_rows: Rows (candidates times examples) of one forward: what memory allows. A CPU gains
-            from more up to some 2000 tokens, a GPU beyond.
+            from more up to some 1000 tokens, and loses a little beyond 2000.
         seed: Of the search. One seed, population and max_rows: the same result, bit for bit.
         progress: True: a line on stderr where that is a terminal; or called as
             progress(done, total) after each generation.

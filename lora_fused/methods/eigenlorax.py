@@ -20,7 +20,7 @@ import torch
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.methods import products
-from lora_fused.methods.basis import Directions, SharedBasis, principal
+from lora_fused.methods.basis import Directions, SharedBasis, principal, take_out
 from lora_fused.methods.clusters import SubspaceClusters, cluster
 from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.jd_diag import diagonal_basis
@@ -178,16 +178,20 @@ def _basis(bank: AdapterBank, module: str, options: FitOptions, generator) -> Sh
 
 
 def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
-    """Principal directions of a factor's weighted rows."""
+    """Principal directions of a factor's weighted rows, beside the mean's where it is kept."""
     rows = updates.weighted_rows(side, options.weighting)
+    mean = rows.mean(0) if options.center else None
     keeps_mean = options.center and options.keep_mean
+    pull = take_out(mean, rows) if keeps_mean else None
     most = max(1, min(rows.shape) - keeps_mean)
     size = _size(options, rows.shape, most)
-    found = stacked_svd(rows, **size, center=options.center, generator=generator)
+    center = options.center and not keeps_mean
+    found = stacked_svd(rows, **size, center=center, generator=generator)
     first, share = float(found.s[0]), float(found.energy[0])
     total = first**2 / share if share else 0.0
-    mean = rows.mean(0) if options.center else None
-    facts = {"mean": mean, "count": len(rows), "keeps_mean": keeps_mean}
+    if keeps_mean:
+        total += float(pull @ mean / mean.norm().clamp_min(1e-30))
+    facts = {"mean": mean, "count": len(rows), "pull": pull}
     return principal(found.vh[:most], found.s[:most], total, **facts)
 
 

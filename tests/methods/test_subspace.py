@@ -144,6 +144,17 @@ def test_adding_20_to_80_is_within_2_percent_of_a_fit_from_scratch(method):
     assert (gram - torch.eye(size)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("noise, mean", [(0.02, 0.0), (0.25, 0.0), (0.02, 1.0)])
+def test_adding_one_by_one_beside_any_mean(noise, mean):
+    """A small mean lies anywhere among the principal directions, a large one moves them."""
+    bank = make_bank(count=80, common=24, ranks=(16, 8), noise=noise, mean=mean)
+    scratch = fit_subspace(bank, rank=24).errors(bank).overall
+    grown = fit_subspace(bank.subset(bank.names[:20]), rank=24)
+    for name in bank.names[20:]:
+        grown.add(bank.adapter(name))
+    assert grown.errors(bank).overall <= 1.01 * scratch
+
+
 def test_adding_in_a_common_span_is_exact():
     bank = make_bank(count=12, noise=0.0, common=8, mean=0.0)
     for method in ("eigenlorax", "hosvd"):

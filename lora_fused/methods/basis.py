@@ -129,6 +129,19 @@ class Directions(nn.Module):
             random=self.basis[len(self) - self.augmented :],
         )
 
+    @torch.no_grad()
+    def truncated(self, rank: int) -> tuple["Directions", Tensor]:
+        """The same with the first ``rank`` principal directions, and which rows that leaves."""
+        first, inside = int(self.keeps_mean), self.inside
+        at = torch.arange(len(self), device=self.basis.device)
+        at = at[(at < first + rank) | (at >= first + self.principal)]
+        if inside is not None:
+            held = first + min(rank, self.principal)
+            inside = torch.linalg.qr(inside[:, :held].double(), mode="r").R.float()
+        facts = {"mean": self.mean, "count": self.count, "augmented": self.augmented}
+        made = Directions(self.basis[at], self.spectrum[at], self.total, inside=inside, **facts)
+        return made, at
+
     def _known(self) -> Tensor:
         """Rows ``[P, I]`` float64 with the Gram matrix of the old ones, as far as it is known."""
         basis = self.basis[: len(self) - self.augmented].double()

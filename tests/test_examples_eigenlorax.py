@@ -124,9 +124,11 @@ def test_another_setting_is_another_recipe(run):
 
 
 def test_an_interval_is_students(example):
-    mean, half = example.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    from eigenlorax_tables import interval
+
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert mean == 3.5 and half == pytest.approx(2.5706 * 1.8708 / 6**0.5, rel=2e-3)
-    assert example.interval([1.0]) == [1.0, None] and example.interval([]) is None
+    assert interval([1.0]) == [1.0, None] and interval([]) is None
 
 
 def test_a_task_of_the_development_is_not_held_out(example, folder, capsys):

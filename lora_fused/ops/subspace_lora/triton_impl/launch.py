@@ -38,6 +38,7 @@ PROJECT = {
     2**62: Tile(128, 64, 64, 8),
 }
 LIFT = {64: Tile(32, 64, 32, 4), 1023: Tile(64, 128, 32, 8), 2**62: Tile(128, 128, 32, 8)}
+SUM = Tile(16, 16, 0, 4)
 INVARIANT = 2047  # rows whose tiles LORA_FUSED_BATCH_INVARIANT pins for every N
 # A row of x up to so wide is summed by one program; slices of a wider one cost a launch more.
 WHOLE, SLICE, SLICES = 4096, 2048, 8
@@ -85,21 +86,18 @@ def project(call: Call, x: Tensor, side: Tensor, diagonal: Tensor | None) -> tup
     cores = (t, diagonal, call.adapter_ids, call.weights, scale, call.row_mixture)
     sizes = (call.mixtures, call.per_row, call.count)
     tail = (call.rows // max(call.groups, 1), *_strides(diagonal))
-    form = {
-        "HAS_GROUPS": call.row_mixture is not None, "HAS_SCALE": scale is not None,
-        "BLOCK_N": tile.rows, "BLOCK_P": tile.columns, "num_warps": tile.warps,
-        "BLOCK_J": min(4, triton.next_power_of_2(max(call.per_row, 1))),
-    }  # fmt: skip
+    form = {"HAS_GROUPS": call.row_mixture is not None, "HAS_SCALE": scale is not None}
     _subspace_lora_project_kernel[(*grid, slices)](
         x, side, parts, *cores, call.rows, columns, directions, *sizes, width,
         *x.stride(), *side.stride(), *tail,
-        **form, DIAGONAL=diagonal is not None and slices == 1, TERMS=_terms(x.dtype, side),
-        PRECISION=call.precision, BLOCK_C=tile.step,
+        **form, **_blocks(tile, call), DIAGONAL=diagonal is not None and slices == 1,
+        TERMS=_terms(x.dtype, side), PRECISION=call.precision, BLOCK_C=tile.step,
     )  # fmt: skip
     if slices > 1:
+        grid = (triton.cdiv(directions, SUM.columns), triton.cdiv(call.rows, SUM.rows))
         _subspace_lora_sum_kernel[grid](
             parts, z, *cores, call.rows, directions, *sizes, slices, *tail,
-            **form, DIAGONAL=diagonal is not None,
+            **form, **_blocks(SUM, call), DIAGONAL=diagonal is not None,
         )  # fmt: skip
     return z, t
 
@@ -138,6 +136,15 @@ def diagonal_gradients(
             directions, call.per_row, call.pairs, *core.stride(), BLOCK_U=32, BLOCK_P=128,
         )  # fmt: skip
     return grad, dot.sum(0, dtype=torch.float64)
+
+
+def _blocks(tile: Tile, call: Call) -> dict:
+    """A tile and how many diagonal cores of a row are loaded at once, as kernels take them."""
+    cores = max(1, min(4, 16 * 32 * tile.warps // (tile.rows * tile.columns)))  # more spilled
+    return {
+        "BLOCK_N": tile.rows, "BLOCK_P": tile.columns, "num_warps": tile.warps,
+        "BLOCK_J": min(cores, triton.next_power_of_2(max(call.per_row, 1))),
+    }  # fmt: skip
 
 
 def _strides(t: Tensor | None) -> tuple[int, int]:

@@ -7,7 +7,7 @@ training; only its stacks are P wide. ``fit_subspace`` makes subspaces.
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -160,9 +160,9 @@ class Subspace:
         Per module and side an SVD of [V S | new rows], as a fit would have weighted them: no old
         adapter is needed. What the old bases had left out stays lost: 20 adapters and 60 more ended
         within 1.5 % of a fit of all 80, added one by one within 3.5 %; nearly noiseless ones, of
-        more directions than the basis has, within 4 and 9 %. Let more directions than are served grow
-        (``truncated``; a third more: within 0.7 %). Ids and mixtures stay valid. "jd_diag": the
-        bases stay as they are.
+        more directions than the basis has, within 4 and 9 %. Let more directions grow than are
+        served (``truncated``; a third more: within 0.7 %). Ids and mixtures stay valid. "jd_diag":
+        the bases stay as they are.
 
         Raises:
             ValueError: as ``project``; a name that is taken; cores in training. Nothing has
@@ -263,11 +263,21 @@ class Subspace:
         self.cores.add(core)
         return self.cores.trainable([name])
 
-    def report(self, bank: AdapterBank, **options):
-        """Whether the adapters share anything: see ``subspace_report``."""
+    def report(
+        self,
+        bank: AdapterBank,
+        *,
+        null_draws: int = 3,
+        sample: int = 100,
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+        progress: bool | Callable[[int, int], None] = True,
+    ):
+        """Whether the adapters share anything: a SubspaceReport, see ``subspace_report``."""
         from lora_fused.methods.subspace_report import subspace_report  # which imports this module
 
-        return subspace_report(self, bank, **options)
+        drawn = {"null_draws": null_draws, "sample": sample, "names": names, "seed": seed}
+        return subspace_report(self, bank, **drawn, progress=progress)
 
     @torch.no_grad()
     def initial_adapter(

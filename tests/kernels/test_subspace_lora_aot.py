@@ -16,6 +16,7 @@ SHRINK, EXPAND, DECODE, OUTER, SUM_RUNS = (
 CASES = {
     "decode": ({"rows": 8}, ["project", "lift"]),
     "rows_256": ({}, ["project", "lift"]),
+    "rows_512": ({"rows": 512}, ["project", "lift"]),
     "rows_1024": ({"rows": 1024}, ["project", "lift"]),
     "rows_4096": ({"rows": 4096}, ["project", "lift"]),
     "wide": ({"rows": 64, "width": 14336}, ["project", "sum", "lift"]),
@@ -24,6 +25,7 @@ CASES = {
     "full": ({"form": "full"}, ["project", EXPAND, "lift"]),
     "float32_few": ({"rows": 8, "dtype": "float32"}, ["project", "lift"]),
     "float32": ({"dtype": "float32"}, ["project", "lift"]),
+    "float32_512": ({"rows": 512, "dtype": "float32"}, ["project", "lift"]),
     "float32_1024": ({"rows": 1024, "dtype": "float32"}, ["project", "lift"]),
     "float32_4096": ({"rows": 4096, "dtype": "float32"}, ["project", "lift"]),
     "float16": ({"dtype": "float16"}, ["project", "lift"]),

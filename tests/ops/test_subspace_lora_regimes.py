@@ -22,14 +22,14 @@ REGIMES = {
     "diagonal_256": ("diagonal", 256, 256, 5, RANKS, 40, 40, 70, 150, [PROJECT, LIFT]),
     "diagonal_1024": ("diagonal", 1030, 103, 2, RANKS, 70, 70, 40, 150, [PROJECT, LIFT]),
     "diagonal_many": ("diagonal", 2050, 41, 2, RANKS, 70, 70, 40, 50, [PROJECT, LIFT]),
-    "diagonal_wide": ("diagonal", 20, 10, 6, RANKS, 20, 20, 4200, 40, [PROJECT, SUM, LIFT]),
+    "diagonal_wide": ("diagonal", 20, 10, 6, RANKS, 20, 20, 8200, 40, [PROJECT, SUM, LIFT]),
     "pairs": ("pairs", 40, 20, 3, RANKS, 40, 24, 70, 100, [PROJECT, DECODE, LIFT]),
-    "pairs_wide": ("pairs", 12, 12, 2, RANKS, 40, 24, 4200, 40, [PROJECT, SUM, DECODE, LIFT]),
+    "pairs_wide": ("pairs", 12, 12, 2, RANKS, 40, 24, 8200, 40, [PROJECT, SUM, DECODE, LIFT]),
     "pairs_in_two": ("pairs", 20, 20, 2, (70,), 40, 24, 70, 60, [PROJECT, SHRINK, EXPAND, LIFT]),
     "pairs_by_mixture": ("pairs", 48, 3, 9, RANKS, 40, 24, 70, 60, [PROJECT, SHRINK, SHARED, LIFT]),
     "full": ("full", 20, 20, 2, RANKS, 40, 24, 70, 60, [PROJECT, EXPAND, LIFT]),
     "full_by_mixture": ("full", 48, 3, 2, RANKS, 40, 24, 70, 60, [PROJECT, SHARED, LIFT]),
-    "full_wide": ("full", 12, 12, 2, RANKS, 20, 24, 4200, 60, [PROJECT, SUM, EXPAND, LIFT]),
+    "full_wide": ("full", 12, 12, 2, RANKS, 20, 24, 8200, 60, [PROJECT, SUM, EXPAND, LIFT]),
 }  # fmt: skip
 NAMES = list(REGIMES)
 FEW = ["diagonal", "diagonal_wide", "pairs", "pairs_in_two", "pairs_by_mixture", "full"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
 from lora_fused.checks import invalid, shape
 from lora_fused.methods.basis import SharedBasis, extended_basis
-from lora_fused.methods.cores import core_of, pair_of, resized
+from lora_fused.methods.cores import core_of, diagonals, pair_of, resized
 from lora_fused.methods.subspace_errors import SubspaceErrors, reconstruction_errors
 
 
@@ -33,6 +33,19 @@ class FitOptions:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a subspace knows of the model that it is for; lora_fused.io compares it.
+
+    Attributes:
+        names: of the model; none: those in the adapters' configs count.
+        weights: module name -> some of its weights, a fingerprint.
+    """
+
+    names: tuple[str, ...] = ()
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
 class Subspace:
     """The shared bases of a model's layers and the cores of all adapters in them.
 
@@ -41,12 +54,20 @@ class Subspace:
         cores: the AdapterBank of the cores: per module lora_a ``[T, P]``, lora_b ``[T, P]``.
             Mixtures resolve against it; ``cores.trainable(names)`` trains coefficients.
         options: how it was fitted.
+        base: what a file said of the model.
 
     With ``options.method == "jd_diag"`` a core is the diagonal of its pair, see ``diagonals``.
     """
 
-    def __init__(self, bases: dict[str, SharedBasis], cores: AdapterBank, options: FitOptions):
+    def __init__(
+        self,
+        bases: dict[str, SharedBasis],
+        cores: AdapterBank,
+        options: FitOptions,
+        base: Base | None = None,
+    ):
         self.bases, self.cores, self.options = bases, cores, options
+        self.base = Base() if base is None else base
 
     @property
     def names(self) -> list[str]:
@@ -85,11 +106,7 @@ class Subspace:
             rule = "be 'jd_diag' for diagonal cores"
             raise invalid("Subspace.diagonals", "method", rule, repr(self.options.method))
         stack = self.cores.stacks[module]
-        lora_a, lora_b = stack.factors()
-        ranks = torch.tensor(stack.ranks, device=lora_a.device)
-        owner = torch.arange(len(stack), device=lora_a.device).repeat_interleave(ranks)
-        rows = lora_a.float() * lora_b.float() * stack.scale[owner, None]
-        return rows.new_zeros(len(stack), rows.shape[1]).index_add(0, owner, rows)
+        return diagonals(stack) * stack.scale[:, None]
 
     @torch.no_grad()
     def project(self, adapter: Adapter) -> Adapter:
@@ -223,7 +240,7 @@ class Subspace:
                 sides = stack.lora_a[:, rows_a], stack.lora_b[:, rows_b]
                 stack._commit(*sides, stack.scale, stack.ranks, 0)
         options = dataclasses.replace(self.options, rank=rank, energy=None)
-        return Subspace(bases, cores, options)
+        return Subspace(bases, cores, options, self.base)
 
     def new_task(
         self,

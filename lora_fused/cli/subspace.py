@@ -71,7 +71,6 @@ def fit(
 def info(folder: Folder, as_json: AsJson = False) -> None:
     """Show what a subspace holds: options, sizes, its base, adapters and where they come from."""
     from lora_fused.io import load_subspace
-    from lora_fused.io.subspace import base_names
 
     subspace = load_subspace(folder)
     facts = {
@@ -79,7 +78,7 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
         **_facts(subspace),
         "weighting": subspace.options.weighting,
         "seed": subspace.options.seed,
-        "base": base_names(subspace.cores, subspace.base),
+        "base": subspace.base_names,
         "fingerprint": bool(subspace.base.weights),
     }
     sources = {name: subspace.cores.metadata[name].get("path") for name in subspace.names}

@@ -143,7 +143,10 @@ def _header(subspace: Subspace, base: Base) -> dict:
     cores = subspace.cores
     names = [cores._names[k] for k in range(cores.count)]
     return {
-        "base": {"names": base_names(cores, base), "fingerprint": list(base.weights)},
+        "base": {
+            "names": list(base.names) or subspace.base_names,
+            "fingerprint": list(base.weights),
+        },
         "options": dataclasses.asdict(subspace.options),
         "modules": {name: _module_entry(basis) for name, basis in subspace.bases.items()},
         "cores": list(cores.stacks),
@@ -195,15 +198,6 @@ def _adapter_entry(cores: AdapterBank, name: str) -> dict:
 def _names_of(model: nn.Module) -> tuple[str, ...]:
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
     return (named,) if named else ()
-
-
-def base_names(cores: AdapterBank, base: Base) -> list[str]:
-    """What the model is called, by itself or by the adapters' configs."""
-    if base.names:
-        return list(base.names)
-    configs = (cores.metadata[name].get("config") or {} for name in cores)
-    found = dict.fromkeys(config.get("base_model_name_or_path") for config in configs)
-    return [name for name in found if name]
 
 
 def _assemble(tensors: dict[str, Tensor], header: dict, file: Path) -> Subspace:
@@ -306,7 +300,7 @@ def check_same_base(subspace: Subspace, bank: AdapterBank) -> None:
     Raises:
         ValueError: naming the first. One that names none fits all.
     """
-    names = base_names(subspace.cores, subspace.base)
+    names = subspace.base_names
     for adapter in bank:
         base = (bank.metadata[adapter].get("config") or {}).get("base_model_name_or_path")
         if names and base and _last(base) not in map(_last, names):

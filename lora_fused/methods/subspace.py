@@ -78,6 +78,13 @@ class Subspace:
         return tuple(self.bases)
 
     @property
+    def base_names(self) -> list[str]:
+        """What the model is called, by itself or by the adapters' configs; may be empty."""
+        configs = (self.cores.metadata[name].get("config") or {} for name in self.cores)
+        found = dict.fromkeys(config.get("base_model_name_or_path") for config in configs)
+        return list(self.base.names) or [name for name in found if name]
+
+    @property
     def diagonal(self) -> bool:
         return self.options.method == "jd_diag"
 
@@ -313,7 +320,7 @@ class Subspace:
             found = min(rank, len(basis.a), len(basis.b))
             factors = basis.basis_a[:found].clone(), basis.basis_b[:found] * strength
             parts[module] = LoraFactors(*factors, alpha / found, basis.embedding)
-        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
 
     def _fresh(self, name, rank, alpha, modules, start, std, seed) -> Adapter:
         if start not in ("zero", "random"):
@@ -335,7 +342,24 @@ class Subspace:
             lora_a *= len(basis.a) ** -0.5 if start == "zero" else std
             lora_b = torch.zeros_like(lora_b) if start == "zero" else lora_b
             parts[module] = LoraFactors(lora_a, lora_b, alpha / rank)
-        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
+
+    def _config(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
+        """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ."""
+        return {
+            "base_model_name_or_path": next(iter(self.base_names), None),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "peft_type": "LORA",
+            "r": rank,
+            "target_modules": sorted(parts),
+            "task_type": None,
+            "use_rslora": False,
+        }
 
     def _check_frozen(self, op: str) -> None:
         if any(stack.trained for stack in self.cores.stacks.values()):
@@ -375,20 +399,3 @@ def _turn(stack: AdapterStack, old: SharedBasis, new: SharedBasis) -> None:
     lora_a = stack.lora_a @ (old.basis_a @ new.basis_a.mT).to(stack.lora_a)
     lora_b = stack.lora_b @ (old.basis_b @ new.basis_b.mT).to(stack.lora_b)
     stack._commit(lora_a, lora_b, stack.scale, stack.ranks, 0)
-
-
-def _config(parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
-    """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ from it."""
-    return {
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(parts),
-        "task_type": None,
-        "use_rslora": False,
-    }

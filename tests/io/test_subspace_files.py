@@ -103,6 +103,9 @@ def test_a_loaded_subspace_serves_projects_and_writes_adapters(tmp_path):
             outs.append(model(tokens()))
         bank = AdapterBank()
         bank.add_many([one.reconstruct(name) for name in ("b", "d")])
+        one.new_task("mine")
+        config = one.reconstruct("mine").metadata["config"]
+        assert config["base_model_name_or_path"] == "hub/tiny" and config["r"] == 8
         (folder, _) = save_adapters(bank, tmp_path / f"peft{len(outs)}")
         outs.append(load_adapters(folder).stacks["up"].lora_b)
     assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])

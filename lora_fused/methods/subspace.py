@@ -38,7 +38,7 @@ class Base:
     """What a subspace knows of the model that it is for; lora_fused.io compares it.
 
     Attributes:
-        names: of the model; none: those in the adapters' configs count.
+        names: of the model; none: those in the adapters' configs count alone.
         weights: module name -> some of its weights, a fingerprint.
     """
 
@@ -79,10 +79,10 @@ class Subspace:
 
     @property
     def base_names(self) -> list[str]:
-        """What the model is called, by itself or by the adapters' configs; may be empty."""
+        """What the adapters' configs call the model, and what it calls itself; may be empty."""
         configs = (self.cores.metadata[name].get("config") or {} for name in self.cores)
-        found = dict.fromkeys(config.get("base_model_name_or_path") for config in configs)
-        return list(self.base.names) or [name for name in found if name]
+        found = [config.get("base_model_name_or_path") for config in configs]
+        return [name for name in dict.fromkeys([*found, *self.base.names]) if name]
 
     @property
     def diagonal(self) -> bool:

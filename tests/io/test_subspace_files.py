@@ -15,7 +15,7 @@ from lora_fused.io import load_subspace, save_adapters, save_subspace, sealed
 from lora_fused.io.load import load_adapters
 from lora_fused.io.subspace import check_same_base
 from lora_fused.methods.eigenlorax import METHODS, fit_subspace
-from lora_fused.methods.subspace import Subspace
+from lora_fused.methods.subspace import Base, Subspace
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 ALL = ("embed", "up", "down")
@@ -301,6 +301,7 @@ def test_another_base_is_refused(tmp_path):
 
 def test_adapters_of_another_base_are_told():
     subspace, bank = make(), AdapterBank()
+    subspace.base = Base(("folder/of/the/model",))  # another name of the same
     bank.add_many([adapter("x", 1, 1, ("up",)), adapter("y", 2, 1, ("up",))])
     check_same_base(subspace, bank)  # they name none
     bank.metadata["x"] = {"config": {"base_model_name_or_path": "local/Tiny"}}

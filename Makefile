@@ -14,7 +14,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 # What a second Triton is asked: its interpreter, its compiler, and the kernels at their edges.
-NEXT := test_interpreter or mixture_lora_aot or (triton and (Edges or gradients)) or regime_follows or a_stage or stacked_svd_triton
+NEXT := test_interpreter or lora_aot or (triton and (Edges or gradients)) or regime_follows or a_stage or stacked_svd_triton
 
 .PHONY: demo test bench bench-gpu clean
 

@@ -60,7 +60,7 @@ def launch(
     weights, scale = torch.empty(ids.shape), torch.empty(adapters)
     x, basis = torch.empty(rows, width, dtype=kind), torch.empty(directions, width, dtype=kind)
     args = (basis, basis, *cores, ids, weights, scale, None)
-    max_rank = {"pairs": rank, "full": directions, "diagonal": 0}[form]
+    max_rank = rank if form == "pairs" else 0
     if backward:
         z = torch.empty(rows, directions)
         triton_impl.backward(x, z, *args, kind, 0b11111, [], max_rank)

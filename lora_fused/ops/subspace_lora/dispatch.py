@@ -47,9 +47,7 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
     row_start = args[4]
     bound = rank_bound(row_start, max_rank, OP)
     if name == "triton":
-        # A full core counts as a pair of rank P.
-        full = row_start is None
-        bound = basis_a.shape[0] if full else scratch_rank(core_a, row_start, bound, OP)
+        bound = 0 if row_start is None else scratch_rank(core_a, row_start, bound, OP)
         plan = plans.made_for(plan, flat, bound, wants_grad(*flat))
         return autograd.forward(*flat, impl=name, max_rank=bound, plan=plan).reshape(out_shape)
     device = x.device.type

@@ -7,6 +7,7 @@ the frozen model's embedding, with the same rows in the same order; they differ 
 import contextlib
 import copy
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -201,6 +202,7 @@ class Experiment:
             looks = validation if checks else ()
             curve, seconds = self._train(learner, head, rows, _seed(f"{task} {seed}"), rates, looks)
             facts["accuracy"] = self._accuracy(learner.encoder, head, test)
+        gc.collect()  # an attached model and its layers refer to each other
         facts["cpu_seconds"] = round(seconds, 2)
         if checks:
             final = self.settings.steps

@@ -336,8 +336,8 @@ def test_diagonal_cores_need_no_plan(method, monkeypatch):
     route = Mixture.of({"a": 1.0}).resolve(handle.bank)
     monkeypatch.setattr("lora_fused.nn.routing.takes_plan", lambda x, impl: True)
     with handle.mix("a"):
-        stack = handle.bank.stacks["up"]
-        plan = model.up.lora_site.routing.plan("up", torch.ones(3, 8, requires_grad=True), route, stack)
+        x, stack = torch.ones(3, 8, requires_grad=True), handle.bank.stacks["up"]
+        plan = model.up.lora_site.routing.plan("up", x, route, stack)
     assert (plan is None) == (method == "jd_diag")
 
 

@@ -11,20 +11,33 @@ from lora_fused.methods.merging import merge
 from lora_fused.methods.similarity import Similarity, compare_adapters, principal_angles
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
+from lora_fused.methods.subspace_report import (
+    GaugeCheck,
+    MeanCheck,
+    Scree,
+    SubspaceReport,
+    subspace_report,
+)
+from lora_fused.methods.subspace_verdict import Verdict
 
 __all__ = [
     "ArrowRouter",
     "FedexMerged",
     "FitOptions",
+    "GaugeCheck",
     "LearnedComposition",
     "LoraHub",
+    "MeanCheck",
     "MergeReport",
     "Merged",
     "ModuleReport",
+    "Scree",
     "Similarity",
     "Subspace",
     "SubspaceClusters",
     "SubspaceErrors",
+    "SubspaceReport",
+    "Verdict",
     "compare_adapters",
     "fedex",
     "fit_subspace",
@@ -33,6 +46,7 @@ __all__ = [
     "merge",
     "mix_factors",
     "principal_angles",
+    "subspace_report",
     "subtract_general",
     "uniform",
 ]

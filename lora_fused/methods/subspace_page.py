@@ -48,8 +48,8 @@ def _subtitle(report) -> str:
     if idle:
         told += f". No adapter changes {', '.join(idle)}"
     if report.skipped:
-        told += f". Not in both bank and subspace, so left out: {', '.join(report.skipped)}"
-    return told
+        told += f". Not in both bank and subspace, so passed over: {', '.join(report.skipped)}"
+    return f"{told}. {report.sampled}" if report.sampled else told
 
 
 def _held_out(report) -> list[str]:
@@ -89,7 +89,7 @@ def _scree(report) -> list[str]:
 
 def _map(report) -> list[str]:
     order, tree, reason = dendrogram(report.similarity)
-    names = [report.fitted.names[i] for i in order]
+    names = [report.mapped[i] for i in order]
     matrix = report.similarity[order][:, order].tolist()
     for i in range(len(matrix)):
         matrix[i][i] = 0.0  # it would hide all others
@@ -109,7 +109,8 @@ def dendrogram(similarity: Tensor) -> tuple[list[int], list[list[tuple[float, fl
         from scipy.cluster.hierarchy import dendrogram as draw
         from scipy.cluster.hierarchy import linkage
     except ImportError:
-        why = "No tree, and in the order of the bank: scipy is not installed."
+        why = "No tree, and in the order of the bank: scipy is not installed (pip install "
+        why += "'lora-fused[report]')."
         return list(range(len(similarity))), [], why
     upper = similarity.new_ones(similarity.shape).triu(1).bool()
     distances = (1 - similarity[upper]).clamp_min(0)
@@ -144,7 +145,7 @@ def _tables(report) -> list[str]:
     adapters = [
         (
             a["adapter"],
-            *(f"{a[k]:.3f}" for k in ("error", "null_error", "held_out", "null_held_out")),
+            *(_error(a[k]) for k in ("error", "null_error", "held_out", "null_held_out")),
         )
         for a in report.adapters()
     ]
@@ -164,6 +165,10 @@ def _tables(report) -> list[str]:
     return [*parts, folded("Per module", [table(head, modules)])]
 
 
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _percent(value: float, null: float) -> str:
     return f"{100 * value:.0f} % / {100 * null:.0f} %"
 
@@ -173,7 +178,7 @@ def _notes(report) -> list[str]:
         "Error: ||D - its reconstruction|| / ||D|| over all adapters, D = scale * B A.",
         "Null: every D turned by random rotations of its own, so that ranks, norms and singular "
         "values stay and nothing is shared; fitted and left out in the same way.",
-        "Left out: each adapter in a basis fitted to all the others.",
+        "Left out: each adapter in a basis fitted to all the others (of many, to 99 % of them).",
         "Change of gauge: (A, B) as (M A, M^-T B), M random, is the same update.",
     )
     parts = [heading("What is what"), *(paragraph(note, "note") for note in notes)]

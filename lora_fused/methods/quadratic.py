@@ -25,7 +25,9 @@ def affine(gram: Tensor, linear: Tensor) -> Tensor:
     """argmin w' G w + c' w, sum w = 1: G ``[Q, N, N]``, c ``[Q, N]``; the shortest such w."""
     gram, linear, _ = _scaled(gram, linear)
     start = torch.full_like(linear, 1 / linear.shape[-1])
-    return _summing_to_one(_corrected(gram, linear, start, torch.ones_like(start)))
+    w = _corrected(gram, linear, start, torch.ones_like(start))
+    # What is left of a zero by rounding would take part in a mixture.
+    return _summing_to_one(w.where(w.abs() > 1e-14 * w.abs().amax(-1, keepdim=True), 0.0))
 
 
 def simplex(gram: Tensor, linear: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def _interior(gram: Tensor, linear: Tensor, l1: Tensor | None) -> _Point:
 
 
 def _gap(point: _Point, slope: Tensor, w: Tensor) -> Tensor:
-    """How far a point is from optimal, 0 at the optimum; per unit of weight where those are large."""
+    """How far a point is from the optimum; per unit of weight where weights are large."""
     size = w.abs().amax(-1).clamp_min(1)
     short = (point.v * point.u).mean(-1) + (w.sum(-1) - 1).abs()
     return (slope - point.u).abs().amax(-1) + short / size
@@ -121,7 +123,7 @@ def _gap(point: _Point, slope: Tensor, w: Tensor) -> Tensor:
 
 def _step(gram: Tensor, point: _Point, slope: Tensor, w: Tensor) -> _Point:
     """Mehrotra's predictor and corrector from one factorisation."""
-    v, u, level = point
+    v, u = point.v, point.u
     count, width = w.shape[-1], v.shape[-1]
     ratio = v / u
     room = ratio if width == count else ratio[..., :count] + ratio[..., count:]

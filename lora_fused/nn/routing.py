@@ -151,6 +151,10 @@ class Routing:
             self.active, self._owner = active, me
             self._plans = Plans()
 
+    def without(self) -> "Using":
+        """A with block in which no adapter acts, whatever mixture is in force around it."""
+        return Using(self, self._idle())
+
     def leave(self, active: Active) -> None:
         with self._lock:
             in_order = self._open[-1] is active

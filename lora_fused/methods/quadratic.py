@@ -201,8 +201,12 @@ def _corrected(gram: Tensor, linear: Tensor, start: Tensor, member: Tensor) -> T
     """The minimum nearest to ``start`` of those with its sum and zeros outside ``member``."""
     size = member.sum(-1, keepdim=True).clamp_min(1)
     plane = torch.diag_embed(member) - member[:, :, None] * (member / size)[:, None]
-    values, vectors = torch.linalg.eigh(plane @ gram @ plane)
+    inner = plane @ gram @ plane
+    # What lies outside the plane gets large eigenvalues, lest it mix with small ones inside.
+    largest = inner.diagonal(0, -2, -1).amax(-1)[:, None, None]
+    outer = largest * (torch.eye(len(plane[0])).to(plane) - plane)
+    values, vectors = torch.linalg.eigh(inner + outer)
     kept = values > _RCOND * values[:, -1:].clamp_min(0)
     inverse = torch.where(kept & (values > 0), 1 / values, 0.0)
     slope = _times(plane, _times(gram, start) + linear / 2)
-    return start - _times(vectors, inverse * _times(vectors.mT, slope)) * member
+    return start - _times(plane, _times(vectors, inverse * _times(vectors.mT, slope))) * member

@@ -70,7 +70,7 @@ def embed(
     Example:
         >>> request = embed(model, texts, tokenizer=tokenizer)
     """
-    model = getattr(model, "model", model) if hasattr(model, "mix") else model
+    model = model if isinstance(model, nn.Module) else getattr(model, "model", model)
     if not isinstance(model, nn.Module):
         raise invalid(_OP, "model", "be a module or a handle", type(model).__name__)
     if not (pooling is None or callable(pooling) or pooling in POOLINGS):
@@ -196,7 +196,9 @@ def _reader(model: nn.Module, layer: str | int | None) -> Iterator[Callable[[obj
             if len(held) != 1:
                 rule = "run once in a forward"
                 raise invalid(_OP, f"layer {layer!r}", rule, f"{len(held)} times")
-            return _output(held[0])
+            # Layers of transformers may return a tuple whose first entry is the hidden state.
+            out = held[0]
+            return _output(out[0] if isinstance(out, tuple) and out else out)
 
         try:
             yield read
@@ -219,8 +221,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 def _output(out: object) -> Tensor:
     found = getattr(out, "last_hidden_state", out)
-    # Layers of transformers may return a tuple whose first entry is the hidden state.
-    found = found[0] if type(found) is tuple and found else found
     if not isinstance(found, Tensor):
         rule = (
             "be given where the output is not a tensor and has no last_hidden_state (-1: the last)"

@@ -131,7 +131,7 @@ class Weighted:
         A single query's fits any input. ``.repeat(n)`` for n inputs, or beams, of each query.
         """
         width = int((self.weights != 0).sum(1).max())
-        order = self.weights.abs().sort(dim=1, descending=True, stable=True).indices[:, :width]
+        order = (self.weights == 0).int().sort(dim=1, stable=True).indices[:, :width]
         weights = self.weights.gather(1, order).cpu()
         names = self.found.prototypes.names
         rows = zip(self.found.adapters.gather(1, order).tolist(), weights.tolist(), strict=True)

@@ -129,7 +129,8 @@ def make_prototypes(
 
     Args:
         features: adapter -> ``[n, E]``, as ``embed`` gives them.
-        per_adapter: At most so many prototypes each. Clusters of fewer than ``minimum`` examples
+        per_adapter: At most so many prototypes each: for queries that are single inputs. A task's
+            mean is best compared with one mean. Clusters of fewer than ``minimum`` examples
             are dissolved into the others, so there may be fewer.
         minimum: Examples of a mean. Fewer are refused; 1 turns that off.
         noise: Standard deviation of Gaussian noise on each coordinate of each mean.
@@ -149,25 +150,9 @@ def make_prototypes(
     Example:
         >>> made = make_prototypes({"math": embed(model, texts, tokenizer=tokenizer)})
     """
-    for label, value in (("per_adapter", per_adapter), ("minimum", minimum)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise invalid(_OP, label, "be an integer of at least 1", repr(value))
-    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-        raise invalid(_OP, "noise", "be a number, not negative", repr(noise))
-    if not isinstance(features, Mapping) or not features:
-        rule = "be a dict of adapters' features, not empty"
-        raise invalid(_OP, "features", rule, type(features).__name__)
-    features = {
-        name: checked_features(_OP, f"features of {name!r}", t) for name, t in features.items()
-    }
-    if len({t.shape[1] for t in features.values()}) > 1:
-        got = {name: t.shape[1] for name, t in features.items()}
-        raise invalid(_OP, "features", "have one size E", got)
+    features = _checked(features, per_adapter, minimum, noise)
     means, counts = [], []
-    for name, own in features.items():
-        if len(own) < minimum:
-            rule = f"have at least {minimum} examples (minimum=) for a mean to hide each of them"
-            raise invalid(_OP, f"features of {name!r}", rule, len(own))
+    for own in features.values():
         labels = k_means(own, min(per_adapter, len(own)), minimum=minimum, seed=seed)
         sizes = labels.bincount()
         sums = own.new_zeros(len(sizes), own.shape[1], dtype=torch.float64)
@@ -195,6 +180,26 @@ def k_means(points: Tensor, count: int, *, minimum: int = 1, seed: int = 0) -> T
         if cost < least:
             best, least = labels, cost
     return best.unique(return_inverse=True)[1]
+
+
+def _checked(features: object, per_adapter: int, minimum: int, noise: float) -> dict[str, Tensor]:
+    for label, value in (("per_adapter", per_adapter), ("minimum", minimum)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise invalid(_OP, label, "be an integer of at least 1", repr(value))
+    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise invalid(_OP, "noise", "be a number, not negative", repr(noise))
+    if not isinstance(features, Mapping) or not features:
+        rule = "be a dict of adapters' features, not empty"
+        raise invalid(_OP, "features", rule, type(features).__name__)
+    found = {n: checked_features(_OP, f"features of {n!r}", t) for n, t in features.items()}
+    if len({t.shape[1] for t in found.values()}) > 1:
+        got = {name: t.shape[1] for name, t in found.items()}
+        raise invalid(_OP, "features", "have one size E", got)
+    for name, own in found.items():
+        if len(own) < minimum:
+            rule = f"have at least {minimum} examples (minimum=) for a mean to hide each of them"
+            raise invalid(_OP, f"features of {name!r}", rule, len(own))
+    return found
 
 
 def checked_features(op: str, label: str, features: object) -> Tensor:

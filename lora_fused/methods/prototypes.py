@@ -216,7 +216,7 @@ def checked_features(op: str, label: str, features: object) -> Tensor:
 
 
 def squared_distances(points: Tensor, centres: Tensor) -> Tensor:
-    """``[n, C]``, not negative; exact to rounding of the larger norms, so give centred float64."""
+    """``[n, C]``, not negative; exact to rounding of the larger norms, so give float64."""
     cross = points @ centres.mT
     norms = points.square().sum(-1, keepdim=True) + centres.square().sum(-1)
     return (norms - 2 * cross).clamp_min(0)

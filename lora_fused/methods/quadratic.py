@@ -127,8 +127,8 @@ def _step(gram: Tensor, point: _Point, slope: Tensor, w: Tensor) -> _Point:
     count, width = w.shape[-1], v.shape[-1]
     ratio = v / u
     room = ratio if width == count else ratio[..., :count] + ratio[..., count:]
-    # G may be singular on sum w = 1 and across it: the 1 changes the multiplier alone, which is
-    # put right below, and the last term bends directions by far less than the gap.
+    # G may be singular, on sum w = 1 and across it: the 1 changes the multiplier alone, which is
+    # put right below, and the last term bends moves by far less than the gap.
     system = 2 * gram + 1 + torch.diag_embed(1 / room + 1e-13)
     factor, _ = torch.linalg.cholesky_ex(system)
     flat = torch.cholesky_solve(torch.ones_like(w)[..., None], factor)[..., 0]
@@ -201,12 +201,9 @@ def _corrected(gram: Tensor, linear: Tensor, start: Tensor, member: Tensor) -> T
     """The minimum nearest to ``start`` of those with its sum and zeros outside ``member``."""
     size = member.sum(-1, keepdim=True).clamp_min(1)
     plane = torch.diag_embed(member) - member[:, :, None] * (member / size)[:, None]
-    inner = plane @ gram @ plane
-    # What lies outside the plane gets large eigenvalues, lest it mix with small ones inside.
-    largest = inner.diagonal(0, -2, -1).amax(-1)[:, None, None]
-    outer = largest * (torch.eye(len(plane[0])).to(plane) - plane)
-    values, vectors = torch.linalg.eigh(inner + outer)
+    values, vectors = torch.linalg.eigh(plane @ gram @ plane)
     kept = values > _RCOND * values[:, -1:].clamp_min(0)
     inverse = torch.where(kept & (values > 0), 1 / values, 0.0)
     slope = _times(plane, _times(gram, start) + linear / 2)
+    # Vectors of small values mix with what lies outside the plane, hence the second projection.
     return start - _times(plane, _times(vectors, inverse * _times(vectors.mT, slope))) * member

@@ -83,10 +83,9 @@ def retrieve(queries: Tensor, prototypes: Prototypes, *, k: int = 8) -> Retrieve
         raise invalid(op, "k", "be an integer of at least 1", repr(k))
     k = min(k, len(prototypes))
     table = _rows_of(prototypes)
-    centre = vectors.double().mean(0)
-    points = vectors.double() - centre
+    points = vectors.double()
     size = max(1, _BLOCK // max(table.numel(), k * vectors.shape[1]))
-    parts = [_nearest(part, points, centre, table, k) for part in queries.split(size)]
+    parts = [_nearest(part.double(), points, table, k) for part in queries.split(size)]
     return Retrieved(queries, prototypes, *map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -100,8 +99,7 @@ def _rows_of(prototypes: Prototypes) -> Tensor:
     return order[first[:, None] + column]
 
 
-def _nearest(queries: Tensor, points: Tensor, centre: Tensor, table: Tensor, k: int) -> tuple:
-    z = queries.double() - centre
+def _nearest(z: Tensor, points: Tensor, table: Tensor, k: int) -> tuple:
     found = squared_distances(z, points)[:, table].min(-1)
     adapters = found.values.topk(k, largest=False).indices.sort(1).values
     rows = table[adapters, found.indices.gather(1, adapters)]

@@ -106,9 +106,7 @@ def explain(
     usual = torch.zeros(0) if known is None else _misses(known, weigh(known, "simplex").weights)
     hull = _misses(found, weigh(found, "simplex").weights)
     missed = _misses(found, chosen.weights)
-    # Rounding must not tell a query from a reference point that is the same.
-    slack = 1e-9 * found.distances.amax(1).sqrt().cpu()
-    nearer = (usual.cpu() < (hull.cpu() - slack)[:, None]).sum(1).tolist()
+    nearer = (usual.cpu() < hull.cpu()[:, None]).sum(1).tolist()
     rows = zip(
         found.distances.sqrt().tolist(),
         chosen.weights.tolist(),

@@ -108,6 +108,16 @@ def test_noise_moves_prototypes_as_the_report_says():
     assert "kept their nearest neighbour" in str(much.noise) and "\n" not in str(much.noise)
 
 
+def test_neighbours_in_the_report_are_other_adapters():
+    points, _ = blobs(sizes=(20, 20))
+    made = make_prototypes({"a": points, "b": 50 + points}, per_adapter=2)
+    gaps = torch.cdist(made.vectors[:2].double(), made.vectors[2:].double())
+    within = (made.vectors[0] - made.vectors[1]).norm()
+    noisy = make_prototypes({"a": points, "b": 50 + points}, per_adapter=2, noise=0.1)
+    spacing = torch.cat((gaps.amin(0), gaps.amin(1))).median()
+    assert abs(noisy.noise.spacing - float(spacing)) < 1e-4 and spacing > 2 * within
+
+
 def test_noise_cannot_be_taken_off_by_a_known_seed():
     features = {"a": normal(50, 6), "b": normal(50, 6, seed=1)}
     one, other = (make_prototypes(features, noise=0.1).vectors for _ in range(2))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_fused.methods import quadratic as quadratic_module
 from lora_fused.methods.quadratic import affine, lasso, simplex
 
 SIZES = [(2, 5), (3, 8), (5, 5), (8, 64), (16, 24)]  # N points in E dimensions
@@ -188,6 +189,16 @@ def test_a_problem_does_not_depend_on_its_batch():
     together = lasso(gram, linear, l1)
     alone = [lasso(gram[i : i + 1], linear[i : i + 1], l1[i : i + 1]) for i in range(30)]
     assert largest_gap(together, torch.cat(alone)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["duplicates", "far_away", "more_than_dimensions"])
+def test_some_thirty_steps_are_enough(name, monkeypatch):
+    """On the simplex and with l1 together; where rounding is let grow, steps go on in vain."""
+    steps, step = [], quadratic_module._step
+    monkeypatch.setattr(quadratic_module, "_step", lambda *a: steps.append(1) or step(*a))
+    gram, linear = quadratic(*degenerate()[name])
+    lasso(gram, linear, torch.ones(40, dtype=torch.float64))
+    assert 8 < len(steps) < 40
 
 
 def test_what_cannot_be_solved_is_refused():

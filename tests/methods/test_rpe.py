@@ -157,6 +157,14 @@ def test_units_of_the_median_do_not_know_the_features_scale():
     one = weights_of(queries[:1], prototypes, "l1", l1=0.7, units="median")
     unit = rpe.retrieve(queries[:1], prototypes).distances.sqrt().quantile(0.5) ** 2
     assert torch.equal(one, weights_of(queries[:1], prototypes, "l1", l1=float(0.7 * unit)))
+    # The unit stays that of all the neighbours where only some are kept.
+    few = {"k": 8, "max_adapters": 3}
+    one = weights_of(5 * queries[1:2], prototypes, "l1", l1=0.01, units="median", **few)
+    unit = rpe.retrieve(5 * queries[1:2], prototypes).distances.sqrt().quantile(0.5) ** 2
+    assert torch.equal(
+        one, weights_of(5 * queries[1:2], prototypes, "l1", l1=float(0.01 * unit), **few)
+    )
+    assert (one < 0).any()
 
 
 @pytest.mark.parametrize("rule", WEIGHTS)

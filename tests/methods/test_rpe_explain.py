@@ -78,6 +78,16 @@ def test_a_prototype_is_left_out_against_the_other_adapters():
     assert one.hull_distance == 0 and one.outside is False and one.of == 4
 
 
+def test_the_reference_has_as_many_neighbours_as_the_query():
+    line = rpe.Prototypes(("a", "b", "c"), torch.tensor([[0.0], [1.0], [3.0]]))
+    (one,) = explained(torch.tensor([4.5]), line, k=1)  # left out: 1, 1 and 2 to the nearest
+    assert (one.nearer, one.of, one.outside) == (2, 3, False)
+    (one,) = explained(torch.tensor([4.5]), line, k=2)  # to the hull of two: 1, 0 and 2
+    assert (one.nearer, one.hull_distance) == (2, 1.5)
+    (one,) = explained(torch.tensor([2.1]), line, k=2)
+    assert (one.nearer, one.hull_distance) == (0, 0)
+
+
 def test_a_library_of_one_has_nothing_to_compare_with():
     (one,) = explained(torch.ones(32), library(1))
     assert one.outside is None and one.of == 0 and one.weights == (1.0,)

@@ -190,8 +190,9 @@ def weigh(
         w = torch.zeros_like(found.distances)
         limit = 1 if weights == "nearest" else limit
         if weights == "similarity":
-            d = found.distances / _unit(found.distances, units)
-            w[:, :limit] = (-d[:, :limit] / temperature).softmax(1)
+            # quantile takes 2^24 numbers at most
+            unit = torch.cat([_unit(d, units) for d in found.distances.split(1 << 16)])
+            w[:, :limit] = (-found.distances[:, :limit] / (unit * temperature)).softmax(1)
         else:
             w[:, :limit] = 1 / limit
     return Weighted(found, w, weights)
@@ -226,13 +227,13 @@ def _solved(found: Retrieved, *, rule: str, l1: float, units: str, distances=Non
     if rule == "simplex":
         return simplex(gram, linear)
     unit = _unit(found.distances if distances is None else distances, units)
-    return lasso(gram, linear, (l1 * unit).expand(len(gram), 1)[:, 0])
+    return lasso(gram, linear, l1 * unit[:, 0])
 
 
 def _unit(distances: Tensor, units: str) -> Tensor:
     """``[Q, 1]``: what one is, in squared raw units."""
     if units == "raw":
-        return distances.new_ones(1, 1)
+        return distances.new_ones(len(distances), 1)
     median = distances.where(distances > 0, torch.nan).sqrt().nanquantile(0.5, 1, keepdim=True)
     return median.square().nan_to_num(1.0)
 

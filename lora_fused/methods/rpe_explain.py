@@ -27,8 +27,8 @@ class Explanation:
         residual: ||z - sum_k w_k z_k||, what the ensemble's prototype misses of the query.
         hull_distance: from the query to the nearest convex combination of these prototypes.
         nearer, of: so many of so many reference points are nearer to their hull; of = 0: none.
-        outside: the out-of-library warning: farther than ``level`` of the reference. None where
-            there is no reference.
+        outside: the out-of-library warning, at most 1 - level of which are false. None where the
+            reference has too few points for that.
     """
 
     rule: str
@@ -55,13 +55,16 @@ class Explanation:
         )
         lines += [f"{label}: {value}" for label, value in facts]
         if self.outside:
-            lines.append("WARNING: the library seems to hold nothing like this query")
+            lines.append(
+                "WARNING: the library holds nothing like it (of single inputs, see reference=)"
+            )
         return "\n".join(lines)
 
     def _place(self) -> str:
         if not self.of:
             return "nothing to compare it with"
-        return f"farther than {self.nearer} of {self.of} reference points are"
+        few = ", too few to warn by" if self.outside is None else ""
+        return f"farther than {self.nearer} of {self.of} reference points are{few}"
 
     def to_json(self, **options) -> str:
         """All attributes; ``options`` are json.dumps's (indent=2)."""
@@ -80,14 +83,12 @@ def explain(
             at hand. Default: the library's own prototypes, each against the adapters other than
             its own. That fits queries that are means over a task; single inputs scatter more, so
             give others of theirs.
-        level: The part of the reference that must be nearer to the hull for the warning.
+        level: One less the part of known queries that may be warned of falsely. The query's rank
+            among n reference points decides, (n - nearer + 1) / (n + 1) <= 1 - level; 0.95 takes
+            19 points.
 
     Returns:
         One Explanation per query.
-
-    Notes:
-        Among n reference points one query in n + 1 is farther than all by chance: under some 20
-        the warning says little. ``nearer`` and ``of`` show it.
 
     Example:
         >>> for one in explain(weigh(retrieve(queries, prototypes), "l1")):
@@ -95,8 +96,8 @@ def explain(
     """
     if not isinstance(chosen, Weighted):
         raise invalid(_OP, "chosen", "be what weigh gives", type(chosen).__name__)
-    if not isinstance(level, (int, float)) or not 0 < level <= 1:
-        raise invalid(_OP, "level", "be in (0, 1]", repr(level))
+    if not isinstance(level, (int, float)) or not 0 < level < 1:
+        raise invalid(_OP, "level", "be in (0, 1)", repr(level))
     found = chosen.found
     k = found.adapters.shape[1]
     if reference is None:
@@ -117,6 +118,7 @@ def explain(
         strict=True,
     )
     of = len(usual)
+    most = (1 - level) * (of + 1) + 1e-9  # of the rank from above, 1 on, that is still a warning
     return [
         Explanation(
             rule=chosen.rule,
@@ -128,7 +130,7 @@ def explain(
             hull_distance=distance,
             nearer=count,
             of=of,
-            outside=count > level * of or (count == of) if of else None,
+            outside=of - count + 1 <= most if most >= 1 else None,
         )
         for q, (distances, weights, negative, residual, distance, count) in enumerate(rows)
     ]

@@ -70,22 +70,34 @@ def test_a_prototype_is_left_out_against_the_other_adapters():
     made = rpe.Prototypes(("a", "b", "c"), vectors, torch.tensor([0, 0, 1, 2]))
     (one,) = explained(torch.tensor([-1.0, -1.0]), made, "nearest")
     # Left out, (0, 0) and (0.1, 0) are 2.83 and 2.76 from the others' line; these 3.9 and more.
-    assert (one.nearer, one.of, one.outside) == (0, 4, False)
+    assert (one.nearer, one.of, one.outside) == (0, 4, None)
     (one,) = explained(torch.tensor([-2.1, -2.1]), made, "nearest")
     assert (one.nearer, one.of) == (2, 4)
     twins = rpe.Prototypes(("a", "b", "c", "d"), torch.zeros(4, 2))
     (one,) = explained(torch.zeros(2), twins, k=2)
-    assert one.hull_distance == 0 and one.outside is False and one.of == 4
+    assert one.hull_distance == 0 and one.outside is None and one.of == 4
 
 
 def test_the_reference_has_as_many_neighbours_as_the_query():
     line = rpe.Prototypes(("a", "b", "c"), torch.tensor([[0.0], [1.0], [3.0]]))
     (one,) = explained(torch.tensor([4.5]), line, k=1)  # left out: 1, 1 and 2 to the nearest
-    assert (one.nearer, one.of, one.outside) == (2, 3, False)
+    assert (one.nearer, one.of, one.outside) == (2, 3, None)
     (one,) = explained(torch.tensor([4.5]), line, k=2)  # to the hull of two: 1, 0 and 2
     assert (one.nearer, one.hull_distance) == (2, 1.5)
     (one,) = explained(torch.tensor([2.1]), line, k=2)
     assert (one.nearer, one.hull_distance) == (0, 0)
+
+
+def test_warns_by_rank_and_not_of_too_few():
+    far = torch.full((2,), 50.0)
+    assert explained(far, library(19, 2))[0].outside is True
+    (one,) = explained(far, library(18, 2))
+    assert one.nearer == one.of == 18 and one.outside is None and "too few to warn by" in str(one)
+    chosen = rpe.weigh(rpe.retrieve(far, library(18, 2)))
+    assert rpe.explain(chosen, level=0.9)[0].outside is True
+    # Queries like the reference are warned of as often as the level says, not more.
+    like = explained(normal(2000, 2, seed=3), library(19, 2), reference=normal(99, 2, seed=4))
+    assert 0.01 < sum(one.outside for one in like) / 2000 < 0.1
 
 
 def test_a_library_of_one_has_nothing_to_compare_with():
@@ -117,7 +129,7 @@ def test_large_libraries_give_a_reference_of_two_hundred():
     "options, message",
     [
         ({"chosen": None}, "explain: chosen must be what weigh gives, got NoneType"),
-        ({"level": 0.0}, r"explain: level must be in \(0, 1\], got 0.0"),
+        ({"level": 0.0}, r"explain: level must be in \(0, 1\), got 0.0"),
         ({"reference": torch.ones(2, 3)}, "retrieve: queries must have the prototypes' size 32"),
     ],
 )

@@ -27,8 +27,8 @@ class Explanation:
         residual: ||z - sum_k w_k z_k||, what the ensemble's prototype misses of the query.
         hull_distance: from the query to the nearest convex combination of these prototypes.
         nearer, of: so many of so many reference points are nearer to their hull; of = 0: none.
-        outside: the out-of-library warning, at most 1 - level of which are false. None where the
-            reference has too few points for that.
+        outside: the out-of-library warning, which a part 1 - level of known queries gets at most.
+            None where the reference has too few points for that.
     """
 
     rule: str

@@ -110,6 +110,9 @@ def _rule(combination_type: str, density, majority_sign_method, seed) -> Entrywi
     if majority_sign_method not in ("total", "frequency"):
         got = repr(majority_sign_method)
         raise invalid(OP, "majority_sign_method", "be 'total' or 'frequency'", got)
+    if majority_sign_method != "total" and not (rule or "").endswith("ties"):
+        got = f"{majority_sign_method!r} for {combination_type!r}"
+        raise invalid(OP, "majority_sign_method", "be given for rules that elect signs only", got)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise invalid(OP, "seed", "be an integer", repr(seed))
     return None if rule is None else Entrywise(rule, density, majority_sign_method, seed)

@@ -228,6 +228,10 @@ BAD = {
         {"density": 0.5, "majority_sign_method": "sum"},
         "majority_sign_method must be 'total' or 'frequency', got 'sum'",
     ),
+    "no election": (
+        {"majority_sign_method": "frequency", "combination_type": "svd"},
+        "majority_sign_method must be given for rules that elect .* got 'frequency' for 'svd'",
+    ),
     "seed": ({"density": 0.5, "seed": 0.5}, "seed must be an integer, got 0.5"),
     "mixed": (
         {"density": 0.5, "combination_type": "dare_ties"},

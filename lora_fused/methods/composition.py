@@ -113,7 +113,7 @@ class LearnedComposition(nn.Module):
         super().__init__()
         if not isinstance(bank, AdapterBank):
             raise invalid(_OP, "bank", "be an AdapterBank", type(bank).__name__)
-        names = _names(bank, names)
+        names = chosen_names(_OP, bank, names)
         if constraint not in CONSTRAINTS:
             raise invalid(_OP, "constraint", f"be one of {CONSTRAINTS}", repr(constraint))
         self.bank, self.names, self.layers, self.constraint = bank, names, bank.modules, constraint
@@ -181,6 +181,9 @@ class LearnedComposition(nn.Module):
         parts = AdapterBank(dtype=self.bank.dtype, device=self.bank.device)
         adapters = [self._weighted(one, weights) for one in self.names]
         parts.add_many([adapter for adapter in adapters if adapter.modules])
+        if not len(parts):
+            rule = "hold one other than 0 where its adapter has the layer"
+            raise invalid(f"{_OP}.merged", "weights", rule, "none")
         options = {"combination_type": combination_type, "rank": rank, "energy": energy}
         options |= {"name": name, "dtype": dtype, "saved_modules": saved_modules}
         merged = merge(parts, dict.fromkeys(parts.names, 1.0), **options)
@@ -235,7 +238,7 @@ class LearnedComposition(nn.Module):
             after an interrupt or an error.
 
         Raises:
-            ValueError: a wrong argument; a loss that is no finite scalar.
+            ValueError: a wrong argument; a loss or a gradient that is not finite.
         """
         train = list(train)
         _check_fit(self, handle, batches, train, epochs, validation, patience, l1)
@@ -256,6 +259,8 @@ class LearnedComposition(nn.Module):
             fit = Fit([], [], -1)
             for epoch in range(epochs):
                 fit.losses.append(_mean(step(batch) for batch in batches))
+                if not all(p.isfinite().all() for p in values):
+                    raise invalid(_FIT, "loss", "have finite gradients", "NaN or infinity")
                 if validation is not None:
                     with torch.no_grad(), handle.mix(self.mixture()):
                         fit.validation.append(_mean(_scalar(loss(b)).item() for b in validation))
@@ -302,14 +307,15 @@ def _few(value: object) -> str:
     return f"{value[:6]} and {len(value) - 6} more"
 
 
-def _names(bank: AdapterBank, names: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_names(op: str, bank: AdapterBank, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names asked for, or all of the bank's; each known and there once."""
     if isinstance(names, str):
-        raise invalid(_OP, "names", "be a list of names", repr(names))
+        raise invalid(op, "names", "be a list of names", repr(names))
     names = tuple(bank.names if names is None else names)
     for name in names:
         bank.id(name)
     if not names or len(set(names)) < len(names):
-        raise invalid(_OP, "names", "be distinct, and at least one", list(names))
+        raise invalid(op, "names", "be distinct, and at least one", list(names))
     return names
 
 

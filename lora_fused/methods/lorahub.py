@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
 from lora_fused.checks import invalid, shape
+from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import rows_of
 from lora_fused.mixture import Mixture
 
@@ -81,7 +82,8 @@ def lorahub(
             A batch is ``examples``, or a part, repeated along the first axis.
         examples: A tensor, or a dict, list or tuple of tensors with one first axis.
         names: Adapters to weigh. Default: all.
-        candidates: Evaluations in all (LoraHub's max_inference_step).
+        candidates: Evaluations at most (LoraHub's max_inference_step); a search that has
+            converged ends before.
         mix: ``"products"``, or ``"factors"`` for parity with the paper's code; ranks and scales
             must agree then. The bank holds a few adapters more meanwhile; its version changes.
         bound: Weights stay within [-bound, bound].
@@ -107,7 +109,9 @@ def lorahub(
         ...     model.generate(**batch)
     """
     cma, numpy = _packages()
-    bank, names = _checked(handle, names, candidates, mix, bound, step, population, max_rows)
+    bank, names = _checked(handle, names, mix)
+    _check_wholes(candidates=candidates, population=population, max_rows=max_rows, seed=seed)
+    _check_sizes(bound=bound, step=step, l1=l1)
     evaluate = _Evaluation(bank, handle, losses, examples, names, max_rows)
     draw = numpy.random.default_rng(seed)
     options = {
@@ -133,7 +137,7 @@ def lorahub(
             if len(weights) == len(asked):
                 scores = found[-1] + l1 * weights.double().abs().mean(-1)
                 search.tell(asked, scores.tolist())
-            _show(progress, done, candidates)
+            _show(progress, done, done if search.stop() else candidates)
     tried, found = torch.cat(tried), torch.cat(found)
     best = int((found + l1 * tried.double().abs().mean(-1)).argmin())
     weights = dict(zip(names, tried[best].tolist(), strict=True))
@@ -257,31 +261,33 @@ def _check_factors(bank: AdapterBank, names: tuple[str, ...]) -> None:
             raise invalid(_OP, "mix", rule, f"'factors' at {layer!r}, {sorted(facts)}")
 
 
-def _checked(handle, names, candidates, mix, bound, step, population, max_rows) -> tuple:
+def _checked(handle, names, mix: str) -> tuple[AdapterBank, tuple[str, ...]]:
     bank = getattr(handle, "bank", None)
     if not isinstance(bank, AdapterBank):
         raise invalid(_OP, "handle", "be that of an attached model", type(handle).__name__)
-    if isinstance(names, str):
-        raise invalid(_OP, "names", "be a list of names", repr(names))
-    names = tuple(bank.names if names is None else names)
-    for name in names:
-        bank.id(name)
-    if not names or len(set(names)) < len(names):
-        raise invalid(_OP, "names", "be distinct, and at least one", list(names))
+    names = chosen_names(_OP, bank, names)
     if handle.model.training:
         rule = "be in eval mode (model.eval()), for dropout would drown the candidates' losses"
         raise invalid(_OP, "model", rule, "train mode")
     if mix not in MIXES:
         raise invalid(_OP, "mix", f"be one of {MIXES}", repr(mix))
-    wholes = {"candidates": (candidates, 1), "population": (population, 2)}
-    for label, (value, least) in (wholes | {"max_rows": (max_rows, 1)}).items():
+    return bank, names
+
+
+def _check_wholes(**values: int | None) -> None:
+    for label, value in values.items():
+        least = {"population": 2, "seed": 0}.get(label, 1)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole and value >= least) and not (value is None and label == "population"):
             raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
-    for label, value in (("bound", bound), ("step", step)):
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise invalid(_OP, label, "be a positive number", repr(value))
-    return bank, names
+
+
+def _check_sizes(**values: float) -> None:
+    for label, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        rule = "be 0 or a positive number" if label == "l1" else "be a positive number"
+        if not number or not 0 <= value < float("inf") or (not value and label != "l1"):
+            raise invalid(_OP, label, rule, repr(value))
 
 
 def _packages() -> tuple:

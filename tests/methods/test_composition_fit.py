@@ -116,6 +116,17 @@ def test_an_error_leaves_the_best_values_and_no_mixture():
     assert "idle" in repr(problem.handle)
 
 
+def test_a_gradient_that_is_not_finite_is_refused_after_the_last_step_too():
+    problem = Problem()
+    start, good = problem.composition.logits.detach().clone(), problem.loss
+    # Its value is that of the loss; the derivative of the root at 0 is infinite.
+    problem.loss = lambda batch: good(batch) + (0 * problem.composition().sum()).sqrt()
+    problem.batches = problem.batches[:1]
+    with pytest.raises(ValueError, match="loss must have finite gradients, got NaN or infinity"):
+        problem.fit(epochs=1)
+    assert torch.equal(problem.composition.logits, start)
+
+
 @pytest.mark.parametrize(
     "options, what",
     [

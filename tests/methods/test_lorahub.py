@@ -67,6 +67,20 @@ def test_finds_the_hidden_mixture_and_never_does_worse_than_the_base():
     assert problem.run(candidates=1).weights == dict.fromkeys(NAMES, 0.0)
 
 
+def test_one_adapter_is_weighed_and_a_search_that_has_converged_ends():
+    problem, seen = Problem(), []
+    with torch.no_grad(), problem.handle.mix({"a": 0.5}):
+        problem.examples["labels"] = [problem.model(problem.examples["x"])]
+
+    def progress(*now):
+        seen.append(now)
+
+    found = problem.run(names=["a"], candidates=3000, l1=0.0, progress=progress)
+    assert abs(found.weights["a"] - 0.5) < 1e-3
+    assert len(found.losses) < 3000 and seen[0][1] == 3000
+    assert seen[-1] == (len(found.losses), len(found.losses))
+
+
 def test_the_l1_term_shrinks_weights():
     sizes = [sum(map(abs, Problem().run(candidates=200, l1=l1).weights.values())) for l1 in (0, 2)]
     assert sizes[1] < 0.5 * sizes[0]
@@ -164,6 +178,10 @@ def test_an_error_leaves_the_bank_as_it_was():
         ({"mix": "cat"}, "mix must be one of .*, got 'cat'"),
         ({"mix": "factors"}, "mix must be 'products' where ranks or scales differ.*'up'"),
         ({"bound": 0}, "bound must be a positive number, got 0"),
+        ({"l1": -0.1}, "l1 must be 0 or a positive number, got -0.1"),
+        ({"l1": float("nan")}, "l1 must be 0 or a positive number, got nan"),
+        ({"seed": None}, "seed must be an integer of at least 0, got None"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],
     ids=str,
 )

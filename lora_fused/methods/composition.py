@@ -264,8 +264,8 @@ class LearnedComposition(nn.Module):
                 if validation is not None:
                     with torch.no_grad(), handle.mix(self.mixture()):
                         fit.validation.append(_mean(_scalar(loss(b)).item() for b in validation))
-                compared = fit.validation or fit.losses[-1:]
-                if compared[-1] <= min(compared):
+                earlier = fit.validation[:-1]
+                if not earlier or fit.validation[-1] < min(earlier):
                     fit = fit._replace(best=epoch)
                     kept.update()
                 stops = patience is not None and epoch - fit.best >= patience

@@ -98,6 +98,15 @@ def test_early_stopping_keeps_the_best_epoch():
     assert not torch.equal(problem.composition.logits, seen[-1][2])
 
 
+def test_a_validation_that_stays_the_same_is_no_better():
+    problem = Problem()
+    good = problem.loss
+    problem.loss = lambda batch: torch.tensor(0.25) if batch == "constant" else good(batch)
+    fit = problem.fit(validation=["constant"], patience=3)
+    assert fit.best == 0 and fit.validation == [0.25] * 4
+    assert problem.fit(epochs=5).best == 4, "without validation the last epoch counts"
+
+
 def test_an_error_leaves_the_best_values_and_no_mixture():
     problem = Problem()
     start, head = problem.composition.logits.detach().clone(), problem.head.weight.detach().clone()

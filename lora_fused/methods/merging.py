@@ -98,9 +98,10 @@ def merge(
 
     Cost:
         T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched;
-        entrywise rules go over each adapter's matrix twice more. Only "_svd" forms [O, I] matrices,
-        of one adapter at a time: beside the factors, memory does not grow with the adapters; with
-        ``energy``, or a rank of a quarter of a side, it decomposes them in full.
+        entrywise rules go over each adapter's matrix twice more. "_svd" forms [O, I] matrices, of
+        one adapter at a time: beside the factors, memory does not grow with the adapters; with
+        ``energy``, or a rank of a quarter of a side, it decomposes them in full. All others form
+        one only to measure the error, where T (I + O) > I O makes that the cheaper way.
 
     Example:
         >>> adapter, report = merge(bank, {"math": 0.7, "code": -0.2}, combination_type="svd")

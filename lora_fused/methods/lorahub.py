@@ -147,7 +147,10 @@ def lorahub(
 
 @torch.no_grad()
 def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lorahub") -> Adapter:
-    """(sum_k w_k B_k) (sum_k w_k A_k) with the scale that all share: the sum of LoraHub's code."""
+    """(sum_k w_k B_k) (sum_k w_k A_k) with the scale that all share: the sum of LoraHub's code.
+
+    Fully trained modules (modules_to_save) are left out.
+    """
     names = tuple(weights)
     _check_factors(bank, names)
     values = torch.tensor([list(weights.values())], dtype=torch.float32)
@@ -158,6 +161,9 @@ def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lo
             sides = (side[0] for side in _mixed(bank, layer, names, values))
             modules[layer] = LoraFactors(*sides, float(stack.scale[first]), stack.embedding)
     config = bank.metadata[names[0]].get("config")
+    if config is not None and any(one in bank.saved for one in names):
+        # A task type would make PEFT look for the head that was left out.
+        config = config | {"task_type": None}
     return Adapter(name, modules, metadata={} if config is None else {"config": dict(config)})
 
 

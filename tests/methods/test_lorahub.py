@@ -7,6 +7,7 @@ import torch
 from support.models import Net, adapter, tokens
 
 from lora_fused import AdapterBank, Mixture
+from lora_fused.io import read_adapter, write_adapter
 from lora_fused.methods import lorahub, mix_factors
 from lora_fused.nn import attach
 from lora_fused.testing import assert_within_budget
@@ -151,6 +152,19 @@ def test_mixed_factors_are_sums():
         truth = 0.5 * factors[0].double() - 1.25 * factors[1].double()
         reference = 0.5 * factors[0] - 1.25 * factors[1]
         assert_within_budget(getattr(part, side), reference, truth)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_head_that_is_left_out_is_not_looked_for(saved, tmp_path):
+    bank = Problem(ranks=(2, 2, 2, 2)).bank
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["up", "down"]}
+    bank.metadata["a"]["config"] = {**config, "task_type": "SEQ_CLS", "modules_to_save": ["head"]}
+    if saved:
+        bank.saved["b"] = {"head.weight": torch.ones(3, 6)}
+    write_adapter(mix_factors(bank, {"a": 0.5, "b": 0.5}), tmp_path / "mixed")
+    written = read_adapter(tmp_path / "mixed")
+    assert written.metadata["config"]["task_type"] == (None if saved else "SEQ_CLS")
+    assert not written.saved and bank.metadata["a"]["config"]["task_type"] == "SEQ_CLS"
 
 
 def test_an_error_leaves_the_bank_as_it_was():

@@ -31,7 +31,9 @@ class Routing:
     @functools.cached_property
     def factor(self) -> Tensor:
         """weight * scale of each pair, zero without an adapter."""
-        return (self.weights_sj * self.scale_sj)[:, None].expand(self.of_rows).reshape(-1)
+        factor_sj = self.weights_sj * self.scale_sj
+        # Kernels index it by pair: of one group with one adapter, reshape makes a view of stride 0.
+        return factor_sj[:, None].expand(self.of_rows).reshape(-1).contiguous()
 
     def weight_gradient(self, dot: Tensor) -> Tensor:
         """Of each pair's product with the incoming gradient, float64 [N * J]: [M, J]."""

@@ -277,7 +277,6 @@ class TestEdges:
             assert run(p, impl, x=x, base=torch.randn(*shape, 9)).dtype == torch.float32
         assert run(problem(0, 3, (3, 8), 6, 5, 17, 9, form=form, mixtures=2), impl).shape == (0, 9)
 
-
     def test_no_directions_or_no_columns(self, impl, form):
         """Nothing is added to base, and base alone has a gradient that is not zero."""
         require(impl)

@@ -132,6 +132,19 @@ def test_weight_zero_keeps_its_gradient(form, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
+def test_the_weight_of_no_adapter_is_not_read(form, impl):
+    require(impl)
+    p = problem(12, 2, (3, 8), 6, 5, 17, 9, form=form)
+    p["adapter_ids"][:, 0], p["adapter_ids"][:, 1] = -1, 1
+    y, clean = run(p, impl), gradients(p, impl, ("x", "weights"))
+    p["weights"][:, 0] = torch.nan
+    assert torch.equal(run(p, impl), y)
+    for leaf, grad in gradients(p, impl, ("x", "weights")).items():
+        assert torch.equal(grad, clean[leaf]), leaf
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
 def test_rows_without_adapter_pass_nothing_on(form, impl):
     """Rows of -1 have a zero gradient and give none, even where x is not finite."""
     require(impl)

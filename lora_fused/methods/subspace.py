@@ -211,7 +211,7 @@ class Subspace:
             ids = self.cores.add_many(
                 [_core(adapter, bases, self.diagonal) for adapter in adapters]
             )
-        except ValueError:
+        except BaseException:  # also of an interrupt: turned cores fit no old basis
             for module, state in held.items():
                 self.cores.stacks[module]._commit(*state)
             raise
@@ -283,6 +283,7 @@ class Subspace:
             core = dataclasses.replace(self.project(start), name=name)
         else:
             core = self._fresh(name, rank, alpha, modules, start, std, seed)
+        AdapterBank().add(core)  # what it refuses must not end the training of another task either
         self.cores.freeze()
         self.cores.add(core)
         return self.cores.trainable([name])

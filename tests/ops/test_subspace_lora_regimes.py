@@ -116,6 +116,20 @@ def test_what_is_out_of_range_is_none(name, monkeypatch):
     assert torch.equal(y[known], run(p, "triton")[known])
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_out_of_range_has_no_gradient(name, monkeypatch):
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    mixtures = p["adapter_ids"].shape[0]
+    p["adapter_ids"][0], p["adapter_ids"][1] = -1, 1
+    at = torch.arange(p["x"].shape[0]).int() % (mixtures + 1) - 1
+    actual = gradients(p | {"row_mixture": at}, "triton")
+    expected = gradients(p | {"row_mixture": at.clamp_min(0)}, "triton")
+    assert not actual["x"][at < 0].any() and actual["weights"].any()
+    for leaf, grad in actual.items():
+        assert torch.equal(grad, expected[leaf]), leaf
+
+
 def test_ranks_above_max_rank_are_cut(monkeypatch):
     """On a device max_rank is believed; nothing past its scratch is touched."""
     monkeypatch.setattr(dispatch, "rank_bound", lambda row_start, max_rank, op: max_rank)

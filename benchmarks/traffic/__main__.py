@@ -36,21 +36,21 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     interpreter.install()
     torch.set_num_threads(1)
-    contenders = works.ours()
-    if not contenders:
+    ours, peers = works.ours(), {}
+    if not ours:
         print("ours: skipped, no Triton implementation")
     if options.peers:
-        found, reasons = works.peers()
-        contenders |= found
+        peers, reasons = works.peers()
         print(*(f"skipped {reason}" for reason in reasons), sep="\n", end="\n" * bool(reasons))
     rows, wrong = [], 0
     for work in works.WORKS:
         if options.work and work.name not in options.work:
             continue
-        problem = works.Problem(work)
+        problem = works.problem_of(work)
         print(f"\n{work}: compulsory {problem.compulsory_read} read")
         print(_line({field: field for field in SHOWN}))
-        for name, build in contenders.items():
+        known = work.K <= works.MANY and not work.form
+        for name, build in (ours | (peers if known else {})).items():
             row = _measure(problem, name, build, options)
             wrong += row is None
             rows += [row] if row else []
@@ -69,7 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _measure(problem: works.Problem, name: str, build, options) -> dict | None:
+def _measure(problem: works.Problem | works.BasisProblem, name: str, build, options) -> dict | None:
     run = build(problem)
     start = time.perf_counter()
     with count() as counter:
@@ -88,7 +88,12 @@ def _measure(problem: works.Problem, name: str, build, options) -> dict | None:
     return row
 
 
-def _row(problem: works.Problem, name: str, counter: LaunchCounter, max_error: float) -> dict:
+def _row(
+    problem: works.Problem | works.BasisProblem,
+    name: str,
+    counter: LaunchCounter,
+    max_error: float,
+) -> dict:
     total, work = counter.total, problem.work
     read, written = problem.compulsory_read, problem.compulsory_written
     ratios = {

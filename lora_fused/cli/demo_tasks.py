@@ -86,11 +86,16 @@ def _task(name: str, folder: Path, seed: int) -> Task:
     labels = LABELS[name]
     classes = {cls: i for i, cls in enumerate(labels)}
     train, test = ([(text, classes[cls]) for cls, text in rows] for rows in _splits(name, folder))
-    shuffled = random.Random(f"{seed} {name}")  # a string seed is the same in every process
-    train = _distinct(train, shuffled, TRAIN_ROWS, seen=set())
+    return sampled(Task(name, tuple(labels.values()), train, test), seed, TRAIN_ROWS, TEST_ROWS)
+
+
+def sampled(task: Task, seed: int, train_rows: int, test_rows: int) -> Task:
+    """At most so many rows of a task, shuffled; no text twice, no test text in the training."""
+    shuffled = random.Random(f"{seed} {task.name}")  # a string seed is the same in every process
+    train = _distinct(task.train, shuffled, train_rows, seen=set())
     seen = {_normal(text) for text, _ in train}
-    test = _distinct(test, shuffled, TEST_ROWS, seen)
-    return Task(name, tuple(labels.values()), tuple(train), tuple(test))
+    test = _distinct(task.test, shuffled, test_rows, seen)
+    return Task(task.name, task.labels, tuple(train), tuple(test))
 
 
 def _splits(name: str, folder: Path) -> tuple[list, list]:

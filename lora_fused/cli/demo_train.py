@@ -56,7 +56,7 @@ def train_all(
 
     Each adapter is trained by one thread, so the result does not depend on the number of cores.
     """
-    folders = {task.name: cache / f"{task.name}-{_key(task, recipe)}" for task in tasks}
+    folders = {task.name: adapter_folder(task, recipe, cache) for task in tasks}
     missing = [(i, task) for i, task in enumerate(tasks) if not folders[task.name].is_dir()]
     if not missing:
         return folders, 0
@@ -79,6 +79,11 @@ def train_all(
         for worker in workers:
             worker.terminate()
     return folders, len(missing)
+
+
+def adapter_folder(task: Task, recipe: Recipe, cache: Path) -> Path:
+    """Where a task's adapter of this recipe is kept; the folder exists once it is trained."""
+    return cache / f"{task.name}-{_key(task, recipe)}"
 
 
 def _follow(workers, ticks, advance) -> None:

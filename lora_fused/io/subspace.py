@@ -26,7 +26,7 @@ from lora_fused.io.tensors import FLOATS
 from lora_fused.methods.basis import Directions, SharedBasis
 from lora_fused.methods.subspace import FitOptions, Subspace
 
-_COUNTS = ("total", "count", "keeps_mean", "augmented")
+_COUNTS = ("total", "count", "augmented")
 _SAMPLES = 64  # weights of the base looked at in each module
 _SAVE, _LOAD = "save_subspace", "load_subspace"
 
@@ -155,6 +155,7 @@ def _module_entry(basis: SharedBasis) -> dict:
             "directions": len(part),
             "size": part.basis.shape[1],
             "mean": part.mean is not None,
+            "keeps_mean": part.keeps_mean,
             **{name: getattr(part, name) for name in _COUNTS},
         }
         for side, part in (("a", basis.a), ("b", basis.b))
@@ -247,8 +248,10 @@ class _Parts:
         basis = self.take(f"{name}/basis", count, size)
         spectrum = self.take(f"{name}/spectrum", count)
         mean = self.take(f"{name}/mean", size) if entry["mean"] else None
-        options = {key: entry[key] for key in _COUNTS}
-        return Directions(basis, spectrum, options.pop("total"), mean=mean, **options)
+        held = count - entry["augmented"]
+        inside = self.take(f"{name}/inside", held, held) if entry["keeps_mean"] else None
+        parts = {"mean": mean, "inside": inside, **{key: entry[key] for key in _COUNTS}}
+        return Directions(basis, spectrum, **parts)
 
     def stack(self, module: str, basis: SharedBasis, count: int) -> AdapterStack:
         name = f"cores/{module}/ranks"

@@ -9,22 +9,36 @@ from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport
 from lora_fused.methods.merging import merge
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
+from lora_fused.methods.subspace_report import (
+    GaugeCheck,
+    MeanCheck,
+    Scree,
+    SubspaceReport,
+    subspace_report,
+)
+from lora_fused.methods.subspace_verdict import Verdict
 
 __all__ = [
     "ArrowRouter",
     "FedexMerged",
     "FitOptions",
+    "GaugeCheck",
     "LearnedComposition",
+    "MeanCheck",
     "MergeReport",
     "Merged",
     "ModuleReport",
+    "Scree",
     "Subspace",
     "SubspaceClusters",
     "SubspaceErrors",
+    "SubspaceReport",
+    "Verdict",
     "fedex",
     "fit_subspace",
     "leave_one_out",
     "merge",
+    "subspace_report",
     "subtract_general",
     "uniform",
 ]

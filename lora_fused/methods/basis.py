@@ -14,12 +14,14 @@ class Directions(nn.Module):
 
     Attributes:
         basis: ``[P, I]``: where ``keeps_mean``, the mean's direction first; then principal
-            directions, strongest first; ``augmented`` random ones last.
+            directions (of what the mean does not hold), strongest first; ``augmented`` random ones
+            last.
         spectrum: ``[P]``: root of the energy along each row (0: random).
-        mean: ``[I]``, the mean of the rows that were factorised if they were centred, else None.
+        mean: ``[I]``, the mean of the rows if they were centred or it is kept, else None.
+        inside: ``[P, P]`` where ``keeps_mean``: rows with the Gram matrix that the factorised ones
+            have in this basis, random directions apart. None: diag(spectrum) is one.
         total: energy ||X||_F^2 of what was factorised (the mean's share only where it is kept).
         count: how many rows were factorised.
-        keeps_mean: the mean is a basis vector.
         augmented: how many rows are random.
 
     Buffers follow ``model.to()`` and enter no state_dict: subspaces are saved by lora_fused.io.
@@ -32,26 +34,31 @@ class Directions(nn.Module):
         total: float,
         *,
         mean: Tensor | None = None,
+        inside: Tensor | None = None,
         count: int = 0,
-        keeps_mean: bool = False,
         augmented: int = 0,
     ):
         super().__init__()
-        for name, value in (("basis", basis), ("spectrum", spectrum), ("mean", mean)):
+        parts = {"basis": basis, "spectrum": spectrum, "mean": mean, "inside": inside}
+        for name, value in parts.items():
             self.register_buffer(name, value, persistent=False)
-        self.total, self.count = float(total), count
-        self.keeps_mean, self.augmented = keeps_mean, augmented
+        self.total, self.count, self.augmented = float(total), count, augmented
 
     def _apply(self, fn, recurse=True):
         # model.half() converts the basis; what a later add() goes on with stays exact.
-        spectrum, mean = self.spectrum, self.mean
+        exact = {name: getattr(self, name) for name in ("spectrum", "mean", "inside")}
         super()._apply(fn, recurse)
-        self.spectrum = spectrum.to(self.basis.device)
-        self.mean = None if mean is None else mean.to(self.basis.device)
+        for name, value in exact.items():
+            setattr(self, name, None if value is None else value.to(self.basis.device))
         return self
 
     def __len__(self) -> int:
         return self.basis.shape[0]
+
+    @property
+    def keeps_mean(self) -> bool:
+        """The mean is a basis vector."""
+        return self.inside is not None
 
     @property
     def principal(self) -> int:
@@ -91,25 +98,25 @@ class Directions(nn.Module):
             rank: How many principal directions, or fewer where there are not so many.
             energy: In place of rank: the share of the new total that they must hold.
         """
-        first = int(self.keeps_mean)
-        at = slice(first, first + self.principal)
-        known = self.spectrum[at, None].double() * self.basis[at].double()
-        rows, mean, count = rows.double(), None, self.count + len(rows)
-        old_mean_energy = self.mean_energy if self.keeps_mean else 0.0
-        new = [known, rows]
+        rows, known, mean, pull = rows.double(), self._known(), None, None
+        count, new = self.count + len(rows), [known, rows]
         if self.mean is not None:
             old, added = self.mean.double(), rows.mean(0)
             mean = (self.count * old + len(rows) * added) / count
-            # The two means differ: their distance is variance of the union.
-            between = (self.count * len(rows) / count) ** 0.5 * (old - added)[None]
-            new = [known, rows - added, between]
+            if not self.keeps_mean:
+                # The two means differ: their distance is variance of the union.
+                between = (self.count * len(rows) / count) ** 0.5 * (old - added)[None]
+                new = [known, rows - added, between]
         stack = torch.cat(new)
-        total = self.total - old_mean_energy + float(torch.cat(new[1:]).square().sum())
+        total = self.total + float(stack[len(known) :].square().sum())
+        if self.keeps_mean:
+            pull = take_out(mean, stack)
         found = stacked_svd(stack, rank=min(*stack.shape), method="exact")
-        room = min(len(stack), stack.shape[1] - first - self.augmented)
+        room = min(len(stack), stack.shape[1] - self.keeps_mean - self.augmented)
         if energy is not None:
             held = found.s.square().cumsum(0)
-            rank = max(self.principal, int((held < energy * total).sum()) + 1)
+            whole = total if pull is None else total - float(_unit(mean) @ pull)
+            rank = max(self.principal, int((held < energy * whole).sum()) + 1)
         rank = max(1, min(rank, room))
         return principal(
             found.vh[:rank],
@@ -118,14 +125,29 @@ class Directions(nn.Module):
             like=self.basis,
             mean=mean,
             count=count,
-            keeps_mean=self.keeps_mean,
+            pull=pull,
             random=self.basis[len(self) - self.augmented :],
         )
 
-    @property
-    def mean_energy(self) -> float:
-        """What the mean adds to the energy: count * |mean|^2."""
-        return 0.0 if self.mean is None else self.count * float(self.mean.double().square().sum())
+    @torch.no_grad()
+    def truncated(self, rank: int) -> tuple["Directions", Tensor]:
+        """The same with the first ``rank`` principal directions, and which rows that leaves."""
+        first, inside = int(self.keeps_mean), self.inside
+        at = torch.arange(len(self), device=self.basis.device)
+        at = at[(at < first + rank) | (at >= first + self.principal)]
+        if inside is not None:
+            held = first + min(rank, self.principal)
+            inside = torch.linalg.qr(inside[:, :held].double(), mode="r").R.float()
+        facts = {"mean": self.mean, "count": self.count, "augmented": self.augmented}
+        made = Directions(self.basis[at], self.spectrum[at], self.total, inside=inside, **facts)
+        return made, at
+
+    def _known(self) -> Tensor:
+        """Rows ``[P, I]`` float64 with the Gram matrix of the old ones, as far as it is known."""
+        basis = self.basis[: len(self) - self.augmented].double()
+        if self.inside is not None:
+            return self.inside.double() @ basis
+        return self.spectrum[: len(basis), None].double() * basis
 
     def _with_random(self, basis: Tensor, spectrum: Tensor, drawn: Tensor, augmented: int):
         fresh = drawn.double()
@@ -137,10 +159,23 @@ class Directions(nn.Module):
             torch.cat([spectrum, spectrum.new_zeros(len(fresh))]),
             self.total,
             mean=self.mean,
+            inside=self.inside,
             count=self.count,
-            keeps_mean=self.keeps_mean,
             augmented=augmented,
         )
+
+
+def take_out(mean: Tensor, rows: Tensor) -> Tensor:
+    """Take the mean's direction out of rows X ``[T, I]``, in place; returns X^T X m for it.
+
+    What is left has the directions that serve best beside the mean's: those of the centred rows
+    may hold it once more, or lose with it what lies along it.
+    """
+    unit = _unit(mean).to(rows)
+    along = rows @ unit
+    pull = along @ rows
+    rows.addr_(along, unit, alpha=-1)
+    return pull
 
 
 def principal(
@@ -151,30 +186,40 @@ def principal(
     like: Tensor | None = None,
     mean: Tensor | None = None,
     count: int = 0,
-    keeps_mean: bool = False,
+    pull: Tensor | None = None,
     random: Tensor | None = None,
 ) -> Directions:
-    """Directions from principal ones ``[P, I]`` and their singular values, the mean before them."""
+    """Directions from principal ones ``[P, I]`` and their singular values.
+
+    With ``pull``, from ``take_out``, the mean's direction goes before them.
+    """
     like = rows if like is None else like
-    spectrum, basis = values.float(), rows
-    if keeps_mean:
-        energy = count * float(mean.double().square().sum())
-        unit = mean.double() / max(float(mean.double().norm()), 1e-300)
-        basis = _orthonormal(torch.cat([unit[None].to(rows.device), rows.double()]))
-        spectrum = torch.cat([spectrum.new_tensor([energy**0.5]), spectrum])
-        total += energy
+    spectrum, basis, inside = values.float(), rows, None
+    if pull is not None:
+        unit, pull = _unit(mean).to(rows.device), pull.double()
+        basis = _orthonormal(torch.cat([unit[None], rows.double()]))
+        inside = _root(unit @ pull, values.double(), rows.double() @ pull).float()
+        spectrum = inside.norm(dim=0)
     kept = None if mean is None else mean.to(like)
     found = Directions(
-        basis.to(like).contiguous(),
-        spectrum,
-        total,
-        mean=kept,
-        count=count,
-        keeps_mean=keeps_mean,
+        basis.to(like).contiguous(), spectrum, total, mean=kept, inside=inside, count=count
     )
     if random is None or not len(random):
         return found
     return found._with_random(found.basis, found.spectrum, random, len(random))
+
+
+def _unit(mean: Tensor) -> Tensor:
+    return mean.double() / mean.double().norm().clamp_min(1e-300)
+
+
+def _root(energy: Tensor, values: Tensor, cross: Tensor) -> Tensor:
+    """F with F^T F = [[energy, cross], [cross^T, diag(values^2)]]."""
+    share = torch.where(values > 0, cross / values.clamp_min(1e-300), 0.0)
+    rest = (energy - share.square().sum()).clamp_min(0).sqrt()
+    root = torch.cat([rest[None], values]).diag()
+    root[1:, 0] = share
+    return root
 
 
 class SharedBasis(nn.Module):

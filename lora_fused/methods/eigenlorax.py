@@ -13,14 +13,14 @@ R_k A_k s_k with R_k from B_k, V_B likewise.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.methods import products
-from lora_fused.methods.basis import Directions, SharedBasis, principal
+from lora_fused.methods.basis import Directions, SharedBasis, principal, take_out
 from lora_fused.methods.clusters import SubspaceClusters, cluster
 from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.jd_diag import diagonal_basis
@@ -119,6 +119,8 @@ def leave_one_out(
     bank: AdapterBank,
     options: FitOptions,
     *,
+    names: Sequence[str] | None = None,
+    at_once: int = 1,
     progress: bool | Callable[[int, int], None] = True,
 ) -> SubspaceErrors:
     """Errors of each adapter in a basis fitted to all the others: what a new one may expect.
@@ -126,26 +128,34 @@ def leave_one_out(
     Args:
         bank: At least two adapters.
         options: Of the fits, such as ``subspace.options``.
-        progress: As in fit_subspace, per adapter.
+        names: The adapters to leave out. Default: all, which is as many fits.
+        at_once: How many to leave out of one fit. In a large bank a few of them hardly matter.
+        progress: As in fit_subspace, per fit.
     """
-    if len(bank) < 2:
+    names = bank.names if names is None else list(names)
+    groups = [names[i : i + at_once] for i in range(0, len(names), at_once)]
+    if len(bank) <= max(map(len, groups), default=1):
         raise invalid("leave_one_out", "bank", "hold at least two adapters", len(bank))
-    gaps, norms = [], []
-    for name in _shown(bank.names, progress, "leave_one_out"):
-        others = bank.subset([other for other in bank.names if other != name])
-        fitted = Subspace(_bases(others, options, False), AdapterBank(), options)
-        adapter = bank.adapter(name)
-        known = {m: part for m, part in adapter.modules.items() if m in fitted.bases}
+    found = []
+    for group in _shown(groups, progress, "leave_one_out"):
+        others = bank.subset([name for name in bank.names if name not in group])
+        found.append(_left_out(bank, group, _bases(others, options, False), options))
+    gaps, norms = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return SubspaceErrors(tuple(names), bank.modules, gaps, norms)
+
+
+def _left_out(bank: AdapterBank, names, bases, options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaps and norms ``[n, L]`` of adapters in the bases of others."""
+    ids, fitted = [bank.id(name) for name in names], Subspace(bases, AdapterBank(), options)
+    norms = [products.norms(stack.selected(ids)) for stack in bank.stacks.values()]
+    gaps = torch.stack(norms, 1).cpu()
+    norms = gaps.clone()
+    for k, adapter in enumerate(map(bank.adapter, names)):
+        known = {m: part for m, part in adapter.modules.items() if m in bases}
         if known:  # what no other adapts is lost whole
             fitted.cores.add(fitted.project(dataclasses.replace(adapter, modules=known)))
-            found = fitted.errors(bank, [name])
-            gap, norm = found.gaps, found.norms
-        else:
-            norm = torch.stack([products.norms(s)[bank.id(name)] for s in bank.stacks.values()])
-            gap = norm = norm[None].cpu()
-        gaps.append(gap)
-        norms.append(norm)
-    return SubspaceErrors(tuple(bank.names), bank.modules, torch.cat(gaps), torch.cat(norms))
+            gaps[k] = fitted.errors(bank, [adapter.name]).gaps[0]
+    return gaps, norms
 
 
 def _fit(bank: AdapterBank, options: FitOptions, progress) -> Subspace:
@@ -178,16 +188,20 @@ def _basis(bank: AdapterBank, module: str, options: FitOptions, generator) -> Sh
 
 
 def _of_factors(updates: Updates, side: str, options: FitOptions, generator) -> Directions:
-    """Principal directions of a factor's weighted rows."""
+    """Principal directions of a factor's weighted rows, beside the mean's where it is kept."""
     rows = updates.weighted_rows(side, options.weighting)
+    mean = rows.mean(0) if options.center else None
     keeps_mean = options.center and options.keep_mean
+    pull = take_out(mean, rows) if keeps_mean else None
     most = max(1, min(rows.shape) - keeps_mean)
     size = _size(options, rows.shape, most)
-    found = stacked_svd(rows, **size, center=options.center, generator=generator)
+    center = options.center and not keeps_mean
+    found = stacked_svd(rows, **size, center=center, generator=generator)
     first, share = float(found.s[0]), float(found.energy[0])
     total = first**2 / share if share else 0.0
-    mean = rows.mean(0) if options.center else None
-    facts = {"mean": mean, "count": len(rows), "keeps_mean": keeps_mean}
+    if keeps_mean:
+        total += float(pull @ mean / mean.norm().clamp_min(1e-30))
+    facts = {"mean": mean, "count": len(rows), "pull": pull}
     return principal(found.vh[:most], found.s[:most], total, **facts)
 
 

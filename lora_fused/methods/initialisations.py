@@ -17,13 +17,10 @@ def shared_initialisations(adapters: list[Adapter]) -> list[dict]:
     """
     cosines, chance = _cosines(adapters)
     linked = cosines.abs() >= (10 * chance).clamp(min=0.1)
-    group = list(range(len(adapters)))
-    for i, j in linked.triu(1).nonzero().tolist():
-        old, new = group[j], group[i]
-        group = [new if g == old else g for g in group]
+    groups = _connected(linked)
     found = []
-    for label, size in Counter(group).items():
-        members = [i for i, g in enumerate(group) if g == label]
+    for label, size in Counter(groups).items():
+        members = [i for i, g in enumerate(groups) if g == label]
         if size > 1:
             inside = cosines[members][:, members].abs()
             pairs = inside[torch.ones_like(inside).triu(1) > 0]
@@ -31,6 +28,15 @@ def shared_initialisations(adapters: list[Adapter]) -> list[dict]:
             names = [adapters[i].name for i in members]
             found.append({"adapters": names, "median_cosine": float(pairs.median())})
     return found
+
+
+def _connected(linked: Tensor) -> list[int]:
+    """Of each, the first one that links lead to."""
+    own = torch.arange(len(linked))
+    linked = linked | torch.eye(len(linked)).bool()
+    while len(own) and not own.equal(found := torch.where(linked, own, len(own)).amin(1)):
+        own = found
+    return own.tolist()
 
 
 def _cosines(adapters: list[Adapter]) -> tuple[Tensor, Tensor]:

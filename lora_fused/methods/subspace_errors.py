@@ -63,12 +63,13 @@ def reconstruction_errors(
         names = [name for name in bank.names if name in cores]
     if not names:
         raise invalid("Subspace.errors", "bank", "share adapters with the subspace", "none")
-    position = {bank.id(name): k for k, name in enumerate(names)}
+    ids = [bank.id(name) for name in names]
+    position = {k: i for i, k in enumerate(ids)}
     own = {bank.id(name): cores.id(name) for name in names}
     gaps = torch.zeros(len(names), len(bank.modules), dtype=torch.float64)
     norms = torch.zeros_like(gaps)
     for i, (module, stack) in enumerate(bank.stacks.items()):
-        norms[:, i] = products.norms(stack)[list(position)].cpu()
+        norms[:, i] = products.norms(stack.selected(ids)).cpu()
         gaps[:, i] = norms[:, i]
         if module not in cores.stacks:
             continue

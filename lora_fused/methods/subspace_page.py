@@ -48,8 +48,8 @@ def _subtitle(report) -> str:
     if idle:
         told += f". No adapter changes {', '.join(idle)}"
     if report.skipped:
-        told += f". Not in both bank and subspace, so left out: {', '.join(report.skipped)}"
-    return told
+        told += f". Not in both bank and subspace, so passed over: {', '.join(report.skipped)}"
+    return f"{told}. {report.sampled}" if report.sampled else told
 
 
 def _held_out(report) -> list[str]:
@@ -89,7 +89,7 @@ def _scree(report) -> list[str]:
 
 def _map(report) -> list[str]:
     order, tree, reason = dendrogram(report.similarity)
-    names = [report.fitted.names[i] for i in order]
+    names = [report.mapped[i] for i in order]
     matrix = report.similarity[order][:, order].tolist()
     for i in range(len(matrix)):
         matrix[i][i] = 0.0  # it would hide all others
@@ -144,7 +144,7 @@ def _tables(report) -> list[str]:
     adapters = [
         (
             a["adapter"],
-            *(f"{a[k]:.3f}" for k in ("error", "null_error", "held_out", "null_held_out")),
+            *(_error(a[k]) for k in ("error", "null_error", "held_out", "null_held_out")),
         )
         for a in report.adapters()
     ]
@@ -162,6 +162,10 @@ def _tables(report) -> list[str]:
     parts = [heading("Figures"), folded("Errors per adapter", [table(head, adapters)])]
     head = ["module / null", "updates held", "inputs (A)", "outputs (B)", "error left out"]
     return [*parts, folded("Per module", [table(head, modules)])]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float, null: float) -> str:

@@ -6,11 +6,11 @@ above all: how well an adapter is reconstructed that the fit has not seen.
 """
 
 import dataclasses
-import math
+import functools
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,12 +27,12 @@ from lora_fused.methods.initialisations import shared_initialisations
 from lora_fused.methods.products import Updates, norms
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
+from lora_fused.methods.subspace_verdict import Verdict, verdict_of
 
 _OP = "subspace_report"
-# Less than this of the energy is nothing, however significant; more than so many standard errors is
-# hardly chance: of 240 small banks that share nothing, 3 came out as "hardly shared".
-_LEAST, _SIGNIFICANT = 0.01, 3.0
 _GAUGE = 1e-4  # what rounding may change
+_SAMPLE = 100  # adapters left out, at the most
+_MAPPED = 200  # adapters in the map: more could not be told apart, and cost their square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +77,6 @@ class GaugeCheck:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the figures say.
-
-    Attributes:
-        label: "shared", "partly shared", "hardly shared", "not shared" or "undecided".
-        gain: what the basis holds of an unseen adapter's energy beyond the null, as a share of what
-            the null leaves over: 0 nothing, 1 all.
-        sentences: in words, the label first.
-    """
-
-    label: str
-    gain: float
-    sentences: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
 class SubspaceReport:
     """A subspace against its controls; errors are relative Frobenius norms of the products.
 
@@ -100,12 +84,14 @@ class SubspaceReport:
         options: how the subspace was fitted, and its controls with it.
         fitted: of the subspace itself, on the adapters that it was fitted to.
         null_fitted: the same of each draw of adapters that share nothing.
-        held_out: of every adapter in a basis fitted to the others.
+        held_out: of each adapter left out (its ``names``) in a basis fitted to the others.
         null_held_out: the same of each draw.
+        at_once: how many were left out of one fit: 1, or 1 % of many.
         scree: module -> Scree, of the modules that some adapter changes.
         mean, gauge: see MeanCheck and GaugeCheck.
         shared_a: groups of adapters whose A's descend from one random initialisation.
-        similarity: cosines of the updates ``[K, K]``, in the order of ``fitted.names``.
+        similarity: cosines of the updates ``[n, n]`` of the adapters ``mapped``.
+        mapped: 200 of ``fitted.names`` at the most.
         skipped: adapters that only the bank or only the subspace has.
     """
 
@@ -114,19 +100,33 @@ class SubspaceReport:
     null_fitted: tuple[SubspaceErrors, ...]
     held_out: SubspaceErrors
     null_held_out: tuple[SubspaceErrors, ...]
+    at_once: int
     scree: dict[str, Scree]
     mean: MeanCheck
     gauge: GaugeCheck
     shared_a: list[dict]
     similarity: Tensor
+    mapped: tuple[str, ...]
     skipped: list[str]
 
     @property
     def verdict(self) -> Verdict:
-        return _verdict(self)
+        return verdict_of(self)
+
+    @property
+    def sampled(self) -> str:
+        """What stands for all adapters where there are many, in words; else nothing."""
+        count, told = len(self.fitted.names), []
+        if len(self.held_out.names) < count:
+            several = f", {self.at_once} at a time" if self.at_once > 1 else ""
+            told.append(f"{len(self.held_out.names)} of {count} adapters were left out{several}")
+        if len(self.mapped) < count:
+            told.append(f"{len(self.mapped)} of {count} adapters are in the map")
+        return "; ".join(told)
 
     def __str__(self) -> str:
-        return "\n".join([*self.verdict.sentences, "", *(f"{k}: {v}" for k, v in self.figures())])
+        figures = [f"{name}: {figure}" for name, figure in self.figures()]
+        return "\n".join([*self.verdict.sentences, "", *figures, *filter(None, [self.sampled])])
 
     def figures(self) -> list[tuple[str, str]]:
         """The headline figures, each with what it is."""
@@ -168,19 +168,22 @@ class SubspaceReport:
         return found
 
     def adapters(self) -> list[dict]:
-        """Per adapter: its errors in the fit and left out of it, each with its null."""
+        """Per adapter: its errors in the fit and, if it was, left out of it; each with its null."""
+        fitted, held_out = self.fitted.adapters, self.held_out.adapters
         null = [e.adapters for e in self.null_fitted]
-        null_left_out = [e.adapters for e in self.null_held_out]
-        return [
-            {
+        null_held_out = [e.adapters for e in self.null_held_out]
+
+        def entry(name: str) -> dict:
+            left = name in held_out
+            return {
                 "adapter": name,
-                "error": self.fitted.adapters[name],
+                "error": fitted[name],
                 "null_error": statistics.fmean(e[name] for e in null),
-                "held_out": self.held_out.adapters[name],
-                "null_held_out": statistics.fmean(e[name] for e in null_left_out),
+                "held_out": held_out[name] if left else None,
+                "null_held_out": statistics.fmean(e[name] for e in null_held_out) if left else None,
             }
-            for name in self.fitted.names
-        ]
+
+        return [entry(name) for name in self.fitted.names]
 
     def to_dict(self) -> dict:
         """Everything, as JSON can hold it."""
@@ -191,6 +194,8 @@ class SubspaceReport:
             "null_error": [e.overall for e in self.null_fitted],
             "held_out": self.held_out.overall,
             "null_held_out": [e.overall for e in self.null_held_out],
+            "left_out": list(self.held_out.names),
+            "left_out_at_once": self.at_once,
             "mean": dataclasses.asdict(self.mean),
             "gauge": dataclasses.asdict(self.gauge),
             "shared_a": self.shared_a,
@@ -198,6 +203,7 @@ class SubspaceReport:
             "modules": self.modules(),
             "scree": {m: dataclasses.asdict(s) for m, s in self.scree.items()},
             "similarity": self.similarity.tolist(),
+            "mapped": list(self.mapped),
             "skipped": self.skipped,
         }
 
@@ -220,6 +226,8 @@ def subspace_report(
     bank: AdapterBank,
     *,
     null_draws: int = 3,
+    sample: int = _SAMPLE,
+    names: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool | Callable[[int, int], None] = True,
 ) -> SubspaceReport:
@@ -229,7 +237,10 @@ def subspace_report(
         subspace: Fitted to the bank.
         bank: The adapters themselves. What only one of the two has is left out, and named.
         null_draws: How many times adapters that share nothing are drawn, fitted and left out.
-        seed: Of the draws.
+        sample: Of more adapters than these, so many are drawn and left out, from 200 adapters on
+            1 % of all at a time; and 200 are drawn for the map. The report says so.
+        names: The adapters to leave out, in place of a sample.
+        seed: Of all that is drawn.
         progress: True: a line on stderr where that is a terminal; or called as
             progress(done, total).
 
@@ -240,7 +251,8 @@ def subspace_report(
         ValueError: fewer than two adapters in common, or modules that do not fit.
 
     Cost:
-        (1 + null_draws) (K + 1) fits of the bank's size, for K adapters.
+        (1 + null_draws) (n + 1) fits of the bank's size and three more, where n is the number of
+        adapters for up to 100 of them, and 10 for 1000.
 
     Example:
         >>> report = subspace_report(subspace, bank)
@@ -248,32 +260,76 @@ def subspace_report(
         >>> report.save_html("report.html")
     """
     bank, skipped = _common(subspace, bank)
-    if not isinstance(null_draws, int) or isinstance(null_draws, bool) or null_draws < 1:
-        raise invalid(_OP, "null_draws", "be an integer of at least 1", repr(null_draws))
-    options, names = subspace.options, bank.names
-    step = _counter(progress, (1 + null_draws) * (len(bank) + 1))
-    nulls = [unrelated(bank, seed=seed + draw) for draw in range(null_draws)]
-    held_out = leave_one_out(bank, options, progress=step)
-    gauge = _gauge_check(subspace, bank, seed)
+    _check_counts(null_draws=(null_draws, 1), sample=(sample, 2))
+    left, mapped = _drawn(bank.names, names, sample, seed)
+    at_once = max(1, len(bank) // _SAMPLE)
+    step = _counter(progress, (1 + null_draws) * (-(-len(left) // at_once) + 1))
+    leave = functools.partial(
+        leave_one_out, options=subspace.options, names=left, at_once=at_once, progress=step
+    )
+    held_out, gauge = leave(bank), _gauge_check(subspace, bank, seed)
     step()
-    null_fits, null_held_out = [], []
-    for null in nulls:
-        null_fits.append(_fit(null, options))
-        step()
-        null_held_out.append(leave_one_out(null, options, progress=step))
+    nulls = [
+        _null(unrelated(bank, seed=seed + k), subspace, leave, step) for k in range(null_draws)
+    ]
     return SubspaceReport(
-        options=options,
-        fitted=subspace.errors(bank, names),
-        null_fitted=tuple(f.errors(n) for f, n in zip(null_fits, nulls, strict=True)),
+        options=subspace.options,
+        fitted=subspace.errors(bank, bank.names),
+        null_fitted=tuple(null.fitted for null in nulls),
         held_out=held_out,
-        null_held_out=tuple(null_held_out),
-        scree={m: _scree(subspace, null_fits, m) for m in _changed(bank)},
-        mean=_mean_check(bank, nulls, options),
+        null_held_out=tuple(null.held_out for null in nulls),
+        at_once=at_once,
+        scree={m: _scree(subspace, nulls, m) for m in _changed(bank)},
+        mean=_mean_check(bank, nulls, subspace.options),
         gauge=gauge,
-        shared_a=shared_initialisations([bank.adapter(name) for name in names]),
-        similarity=similarity(bank).cpu(),
+        shared_a=shared_initialisations([bank.adapter(name) for name in bank.names]),
+        similarity=similarity(bank.subset(mapped)).cpu(),
+        mapped=tuple(mapped),
         skipped=skipped,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Null:
+    """What is kept of a draw, whose bank is as large as the real one."""
+
+    fitted: SubspaceErrors
+    held_out: SubspaceErrors
+    shares: dict[str, dict[str, list[float]]]
+    mean_alone: float
+
+
+def _null(bank: AdapterBank, subspace: Subspace, leave: Callable, step: Callable) -> _Null:
+    fit = _fit(bank, subspace.options)
+    step()
+    shares = {m: {s: _shares(getattr(b, s)) for s in "ab"} for m, b in fit.bases.items()}
+    errors = fit.errors(bank)
+    return _Null(errors, leave(bank), shares, _mean_alone(bank, subspace.options))
+
+
+def _drawn(
+    known: list[str], names: Sequence[str] | None, sample: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """The adapters to leave out and those for the map, in the order of the bank."""
+    generator = torch.Generator().manual_seed(seed)
+    order = [known[k] for k in torch.randperm(len(known), generator=generator).tolist()]
+    if names is None:
+        left = set(order[:sample])
+    else:
+        left = set(names)
+        unknown = sorted(left.difference(known))
+        if unknown or len(left) < 2:
+            rule = "be two or more adapters of both bank and subspace"
+            raise invalid(_OP, "names", rule, unknown or list(names))
+        order.sort(key=lambda name: name not in left)
+    shown = set(order[:_MAPPED])
+    return [name for name in known if name in left], [name for name in known if name in shown]
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    for label, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
 
 
 def _common(subspace: Subspace, bank: AdapterBank) -> tuple[AdapterBank, list[str]]:
@@ -320,10 +376,9 @@ def _fit(bank: AdapterBank, options: FitOptions) -> Subspace:
     return fit_subspace(bank, **dataclasses.asdict(options), progress=False)
 
 
-def _scree(subspace: Subspace, nulls: list[Subspace], module: str) -> Scree:
+def _scree(subspace: Subspace, nulls: list[_Null], module: str) -> Scree:
     real = subspace.bases[module]
-    others = [null.bases[module] for null in nulls]
-    drawn = [[_shares(getattr(o, side)) for o in others] for side in "ab"]
+    drawn = [[null.shares[module][side] for null in nulls] for side in "ab"]
     # With energy= in place of rank= the draws may differ in length.
     null_a, null_b = (list(map(statistics.fmean, zip(*part, strict=False))) for part in drawn)
     return Scree(_shares(real.a), _shares(real.b), null_a, null_b)
@@ -335,11 +390,11 @@ def _shares(side: Directions) -> list[float]:
     return (side.spectrum.double().square() / side.total).tolist()
 
 
-def _mean_check(bank: AdapterBank, nulls: list[AdapterBank], options: FitOptions) -> MeanCheck:
+def _mean_check(bank: AdapterBank, nulls: list[_Null], options: FitOptions) -> MeanCheck:
     dropped = None
     if options.method == "eigenlorax" and options.center and options.keep_mean:
         dropped = _fit(bank, dataclasses.replace(options, keep_mean=False)).errors(bank).overall
-    null = statistics.fmean(_mean_alone(null, options) for null in nulls)
+    null = statistics.fmean(null.mean_alone for null in nulls)
     return MeanCheck(_mean_alone(bank, options), null, dropped)
 
 
@@ -368,66 +423,6 @@ def _gauge_check(subspace: Subspace, bank: AdapterBank, seed: int) -> GaugeCheck
             changes.append(float((old[:shared] - new[:shared]).abs().max()) / largest)
     change = max(changes)
     return GaugeCheck(after, change, max(change, abs(after - before)) <= _GAUGE)
-
-
-def _verdict(report: SubspaceReport) -> Verdict:
-    held = 1 - report.held_out.overall**2
-    null = 1 - statistics.fmean(e.overall**2 for e in report.null_held_out)
-    gain = (held - null) / max(1 - null, 1e-12)
-    error, null_error = report.held_out.overall, math.sqrt(max(1 - null, 0.0))
-    figures = f"error {error:.2f}, against {null_error:.2f} for adapters that share nothing"
-    if null > 0.9:
-        label = "undecided"
-        said = f"the basis is so large that it holds anything ({figures}); fit fewer directions"
-    elif held - null <= max(_LEAST, _SIGNIFICANT * _standard_error(report)):
-        label = "not shared"
-        said = "an adapter left out of the fit is reconstructed no better than one that shares "
-        said += f"nothing with the rest ({figures}). The basis describes these adapters alone"
-    else:
-        label = "shared" if gain >= 0.75 else "partly shared" if gain >= 0.25 else "hardly shared"
-        lost = 100 * error**2
-        said = f"an adapter left out of the fit loses {lost:.0f} % of its energy ({figures})"
-    sentences = [f"Subspace {label}: {said}."]
-    if label != "undecided":
-        sentences += _remarks(report, label)
-    return Verdict(label, gain, sentences)
-
-
-def _remarks(report: SubspaceReport, label: str) -> list[str]:
-    kept = 100 * (1 - report.fitted.overall**2)
-    null = 100 * (1 - statistics.fmean(e.overall**2 for e in report.null_fitted))
-    said = f"The basis holds {kept:.0f} % of the energy of the adapters that it was fitted to, "
-    found = [said + f"and {null:.0f} % where nothing is shared."]
-    if label in ("hardly shared", "not shared"):
-        found.append("It stores these adapters; a new one will hardly lie in it.")
-    for group in report.shared_a:
-        size, count = len(group["adapters"]), len(report.fitted.names)
-        said = f"{size} of {count} adapters share one random A (median |cosine| "
-        said += f"{group['median_cosine']:.2f}): part of what looks shared is their seed."
-        if label in ("shared", "partly shared"):
-            said += " Train some from other seeds before you believe it."
-        found.append(said)
-    if not report.gauge.invariant:
-        said = f"The result depends on how A and B share an update ({report.fitted.overall:.3f} "
-        said += f"becomes {report.gauge.error:.3f}); hosvd and hooi do not."
-        found.append(said)
-    return found
-
-
-def _standard_error(report: SubspaceReport) -> float:
-    """Of the energy held of unseen adapters less its null, were nothing shared.
-
-    From the draws alone: that real adapters differ among themselves is no sign of chance. Twice
-    the variance of independent adapters: where two are alike by chance, both gain.
-    """
-    weight = report.held_out.norms.square().sum(1)
-    weight = (weight / weight.sum().clamp_min(1e-300)).square().sum().item()
-    draws = report.null_held_out
-    held = [1 - error**2 for draw in draws for error in draw.adapters.values() if error < math.inf]
-    variance = 2 * weight * statistics.variance(held)
-    if len(draws) > 1:
-        variance = max(variance, statistics.variance([1 - e.overall**2 for e in draws]))
-    return math.sqrt(variance * (1 + 1 / len(draws)))
 
 
 def _span(values: list[float]) -> str:

@@ -208,6 +208,13 @@ def test_the_mean_is_kept_as_a_basis_vector():
     uncentred = fit_subspace(bank, rank=5, center=False)
     assert kept.errors(bank).overall < 1.1 * uncentred.errors(bank).overall
     assert 0 < side.explained[0] < side.explained[-1] <= 1
+    rows = products.Updates(stack).weighted_rows("a", "updates").double()
+    along = rows @ side.basis.double().T
+    assert (side.inside.T @ side.inside - along.T @ along).norm() < 1e-4 * along.square().sum()
+    assert (side.spectrum - along.norm(dim=0)).abs().max() < 1e-4 * along.norm()
+    beside = rows - along[:, :1] * side.basis[:1]
+    best = torch.linalg.svdvals(beside)[:4]
+    assert (side.spectrum[1:] - best).abs().max() < 1e-4 * best[0], "the best beside the mean"
 
 
 @pytest.mark.parametrize("method", ["hosvd", "hooi"])
@@ -225,8 +232,8 @@ def test_energy_of_factors():
     for basis in subspace.bases.values():
         for side in (basis.a, basis.b):
             inside = side.spectrum[1:].double().square()
-            centred = side.total - side.mean_energy
-            assert inside.sum() >= 0.8 * centred > inside[:-1].sum()
+            beside = side.total - side.spectrum[0].double().square()  # what the mean leaves over
+            assert inside.sum() >= 0.8 * beside > inside[:-1].sum()
 
 
 def test_jd_diag_finds_joint_factors():

@@ -17,7 +17,7 @@ PAPER = {"weighting": "factors"}
 FIGURES = {
     "paper, mean inside": ({**PAPER, "center": False}, (0.653, 0.435, 0.243)),
     "paper, mean dropped": ({**PAPER, "keep_mean": False}, (0.663, 0.468, 0.311)),
-    "paper, mean kept": (PAPER, (0.640, 0.429, 0.240)),
+    "paper, mean kept": (PAPER, (0.639, 0.429, 0.239)),
     "eigenlorax": ({}, (0.637, 0.429, 0.241)),
     "hosvd": ({"method": "hosvd"}, (0.609, 0.413, 0.235)),
     "hooi": ({"method": "hooi"}, (0.587, 0.408, 0.234)),

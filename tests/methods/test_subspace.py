@@ -144,6 +144,58 @@ def test_adding_20_to_80_is_within_2_percent_of_a_fit_from_scratch(method):
     assert (gram - torch.eye(size)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("noise, mean", [(0.02, 0.0), (0.25, 0.0), (0.02, 1.0)])
+def test_adding_one_by_one_beside_any_mean(noise, mean):
+    """A small mean lies anywhere among the principal directions, a large one moves them."""
+    bank = make_bank(count=80, common=24, ranks=(16, 8), noise=noise, mean=mean)
+    scratch = fit_subspace(bank, rank=24).errors(bank).overall
+    grown = fit_subspace(bank.subset(bank.names[:20]), rank=24)
+    for name in bank.names[20:]:
+        grown.add(bank.adapter(name))
+    assert grown.errors(bank).overall <= 1.01 * scratch
+
+
+@pytest.mark.parametrize("method", ["eigenlorax", "hosvd"])
+def test_spare_directions_keep_growth_near_a_fit_from_scratch(method):
+    """More common directions than are served; without spare ones the negative control."""
+    bank = make_bank(count=80, common=40, ranks=(16, 8), noise=0.02, mean=0.0)
+    scratch = fit_subspace(bank, rank=24, method=method).errors(bank).overall
+    found = {}
+    for rank in (24, 32):
+        grown = fit_subspace(bank.subset(bank.names[:20]), rank=rank, method=method)
+        for name in bank.names[20:]:
+            grown.add(bank.adapter(name))
+        served = grown.truncated(24)
+        assert len(served.bases["q"].a) == 24 + (method == "eigenlorax")
+        found[rank] = served.errors(bank).overall
+    assert found[32] <= 1.01 * scratch < 1.02 * scratch < found[24]
+
+
+@pytest.mark.parametrize("method", ["eigenlorax", "hosvd"])
+def test_a_truncated_subspace_goes_on_growing(method):
+    bank = make_bank(count=12)
+    first = bank.subset(bank.names[:10])
+    wide = fit_subspace(first, rank=9, method=method, augment=2)
+    cut, direct = wide.truncated(6), fit_subspace(first, rank=6, method=method)
+    assert cut.errors(first).overall < direct.errors(first).overall
+    assert cut.options.rank == 6 and cut.truncated(99).bases["q"].a.basis.equal(
+        cut.bases["q"].a.basis
+    )
+    both = [s.bases["q"].a for s in (cut, direct)]
+    size = len(direct.bases["q"].a)
+    assert len(both[0]) == size + 2 and both[0].spectrum[:size].tolist() == pytest.approx(
+        both[1].spectrum.tolist(), rel=1e-4
+    )
+    for each in (cut, wide):
+        each.add(bank.adapter("a11"))
+    assert "a11" in wide and len(cut) == 11 and len(cut.bases["q"].a) == size + 2
+    cut.new_task("mine")
+    with pytest.raises(ValueError, match=r"Subspace\.truncated: cores must be frozen"):
+        cut.truncated(2)
+    with pytest.raises(ValueError, match="directions in order of their energy, got 'jd_diag'"):
+        fit_subspace(bank, rank=6, method="jd_diag").truncated(2)
+
+
 def test_adding_in_a_common_span_is_exact():
     bank = make_bank(count=12, noise=0.0, common=8, mean=0.0)
     for method in ("eigenlorax", "hosvd"):

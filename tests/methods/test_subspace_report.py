@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, load_adapters
+from lora_fused.methods import eigenlorax
 from lora_fused.methods.controls import regauged, unrelated
 from lora_fused.methods.eigenlorax import fit_subspace
 from lora_fused.methods.products import norms
@@ -160,9 +161,57 @@ def test_progress_counts_every_fit():
     assert calls == [(done, 15) for done in range(1, 16)]
 
 
+def test_a_sample_of_many_is_left_out(monkeypatch):
+    """Ten fits a bank for a thousand adapters, each without ten of them, and a map of 200."""
+    bank, sizes, calls = make_bank(0.05, count=1000), [], []
+    subspace = fit_subspace(bank, rank=5, method="hosvd")
+    fitted = eigenlorax._bases
+
+    def counted(bank, *args):
+        sizes.append(len(bank))
+        return fitted(bank, *args)
+
+    monkeypatch.setattr(eigenlorax, "_bases", counted)
+    report = subspace.report(bank, null_draws=1, seed=4, progress=lambda *at: calls.append(at))
+    assert sorted(sizes) == [990] * 20 + [1000] * 3 and calls[-1] == (22, 22)
+    left = report.held_out.names
+    assert len(left) == 100 == len(set(left)) and report.null_held_out[0].names == left
+    assert report.similarity.shape == (200, 200) and set(left) < set(report.mapped)
+    told = "100 of 1000 adapters were left out, 10 at a time; 200 of 1000 adapters are in the map"
+    assert report.sampled == told and told in str(report) and told in report.to_html()
+    found = report.to_dict()
+    assert found["left_out"] == list(left) and found["left_out_at_once"] == 10
+    assert [a["adapter"] for a in found["adapters"] if a["held_out"] is not None] == list(left)
+    assert report.verdict.label == "shared" and len(json.dumps(found)) < 2**20
+
+
+def test_few_adapters_are_all_left_out_one_by_one():
+    bank = make_bank(0.3)
+    subspace = fit_subspace(bank, rank=5, method="hosvd")
+    whole = subspace.report(bank, null_draws=1)
+    assert whole.held_out.names == whole.mapped == tuple(bank.names) and whole.sampled == ""
+    some = subspace.report(bank, null_draws=1, sample=3, seed=1)
+    given = subspace.report(bank, null_draws=1, names=["a6", "a2"])
+    assert len(some.held_out.names) == 3 and given.held_out.names == ("a2", "a6")
+    assert "3 of 8 adapters were left out" in str(some) and some.mapped == whole.mapped
+    for part in (some, given):
+        for name in part.held_out.names:
+            assert part.held_out.adapters[name] == whole.held_out.adapters[name]
+    again = subspace.report(bank, null_draws=1, sample=3, seed=1)
+    assert again.held_out.names == some.held_out.names
+    assert again.held_out.names != subspace.report(bank, null_draws=1, sample=3).held_out.names
+
+
 def test_rejects():
     bank = make_bank(0.1)
     subspace = fit_subspace(bank, rank=3)
+    for wrong in ({"sample": 1}, {"sample": 2.5}):
+        with pytest.raises(ValueError, match="sample must be an integer of at least 2, got"):
+            subspace.report(bank, **wrong)
+    with pytest.raises(ValueError, match=r"names must be two or more .* got \['a9'\]"):
+        subspace.report(bank, names=["a1", "a9"])
+    with pytest.raises(ValueError, match=r"names must be two or more .* got \['a1'\]"):
+        subspace.report(bank, names=["a1"])
     with pytest.raises(
         ValueError, match=r"^subspace_report: subspace must be a Subspace, got dict"
     ):

@@ -113,20 +113,20 @@ def rank_bound(row_start: Tensor | None, max_rank: int | None, op: str = _OP) ->
     return max_rank
 
 
-def scratch_rank(lora_a: Tensor, row_start: Tensor | None, bound: int | None) -> int:
+def scratch_rank(lora_a: Tensor, row_start: Tensor | None, bound: int | None, op: str = _OP) -> int:
     """The rank that sizes Triton's scratch: of the slots, or what the host knows of a stack."""
     if row_start is None:
         return lora_a.shape[1]
     if bound is None and row_start.numel() > 1:
         rule = "be given for a packed stack where row_start cannot be read (torch.compile)"
-        raise invalid(_OP, "max_rank", rule, bound)
+        raise invalid(op, "max_rank", rule, bound)
     return bound or 0
 
 
-def check_plan(plan: MixturePlan, rows: int, adapter_ids: Tensor) -> None:
+def check_plan(plan: MixturePlan, rows: int, adapter_ids: Tensor, op: str = _OP) -> None:
     """Check the size of a plan made elsewhere."""
     shared = is_shared(rows, adapter_ids.shape[0])
     sizes = (rows, 0) if shared else (rows * adapter_ids.shape[1], rows)
     came = (plan.order.shape[0], plan.row_order.shape[0])
     if came != sizes:
-        raise invalid(_OP, "plan", f"be made for the {rows} rows of this call, sizes {sizes}", came)
+        raise invalid(op, "plan", f"be made for the {rows} rows of this call, sizes {sizes}", came)

@@ -5,9 +5,11 @@ from contextlib import nullcontext, suppress
 import torch
 from torch import Tensor
 
-from lora_fused.ops.mixture_lora import plan as plans
+from lora_fused.ops.mixture_lora.autograd import wants_grad
 from lora_fused.ops.mixture_lora.dispatch import autocast, chosen, is_eager_cpu
+from lora_fused.ops.mixture_lora.plan import rank_bound, scratch_rank
 from lora_fused.ops.subspace_lora import autograd, contract, reference, registration
+from lora_fused.ops.subspace_lora import plan as plans
 from lora_fused.ops.subspace_lora.cores import OP
 
 _ = registration  # defines the operators
@@ -42,10 +44,14 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
     flat, out_shape = contract.flatten(x, *args), (*x.shape[:-1], basis_b.shape[1])
     if name == "native":
         return autograd.forward(*flat).reshape(out_shape)
-    bound = plans.rank_bound(args[4], max_rank, OP)
+    row_start = args[4]
+    bound = rank_bound(row_start, max_rank, OP)
     if name == "triton":
-        plan = tuple(plan or plans.make_plan(flat[6], flat[9], flat[0].shape[0]))
-        return autograd.forward(*flat, impl=name, max_rank=bound or 0, plan=plan).reshape(out_shape)
+        if row_start is None:  # a full core has as many rows as z has columns
+            bound = basis_a.shape[0]
+        bound = scratch_rank(core_a, row_start, bound, OP) if row_start is not None else bound
+        plan = plans.made_for(plan, flat, bound, wants_grad(*flat))
+        return autograd.forward(*flat, impl=name, max_rank=bound, plan=plan).reshape(out_shape)
     device = x.device.type
     # Autocast would round the intermediates.
     rounds = torch.amp.is_autocast_available(device)

@@ -61,3 +61,21 @@ def _bwd_fake(
         grad.new_empty(shape if needs >> i & 1 else (0,), dtype=dtype)
         for i, (shape, dtype) in enumerate(full)
     )
+
+
+# Launchers are imported on first use. On the CPU they run in Triton's interpreter, for tests.
+# Triton launches on the current device, which need not be that of the tensors.
+@torch.library.impl("lora_fused::subspace_lora_fwd_triton", ("cpu", "cuda"))
+def _fwd_triton(x, *args):
+    from lora_fused.ops.subspace_lora import triton_impl
+
+    with torch.cuda.device_of(x):
+        return triton_impl.forward(x, *args)
+
+
+@torch.library.impl("lora_fused::subspace_lora_bwd_triton", ("cpu", "cuda"))
+def _bwd_triton(grad, *args):
+    from lora_fused.ops.subspace_lora import triton_impl
+
+    with torch.cuda.device_of(grad):
+        return triton_impl.backward(grad, *args)

@@ -6,11 +6,11 @@ adapter, or by mixture where rows share one (plan.py). No atomics and no reads b
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lora_fused.ops.mixture_lora import plan as plans
 from lora_fused.ops.mixture_lora.triton_impl.launch import Call
+from lora_fused.ops.mixture_lora.triton_impl.routing import Routing
 
 
 def forward(
@@ -22,7 +22,7 @@ def forward(
     row_start, ranks, scale and base are empty where no projection has any; ``out`` is written in
     place of fresh tensors and may be ``base``.
     """
-    call = _call(
+    call = call_of(
         x, lora_a, row_start, ranks, adapter_ids, weights, scale, row_mixture, plan, max_rank
     )
     if out is None:
@@ -44,45 +44,32 @@ def backward(
     """Gradients of x, lora_a, lora_b, weights, scale where ``needs`` has their bit, else empty."""
     stack = ([] if t is None else [t] for t in (row_start, ranks, scale))
     row_start, ranks, scale_list = stack
-    call = _call(
+    call = call_of(
         x, [lora_a], row_start, ranks, adapter_ids, weights, scale_list, row_mixture, plan, max_rank
     )
     need_x, need_a, need_b, need_weights, need_scale = (needs >> i & 1 for i in range(5))
     # Zero where a pair has no such rank: the sums below read what lies there.
     h, q = call.shrink(x, [lora_a], zero=True), call.shrink(grad, [lora_b], zero=True)
-    mixture = torch.arange(call.groups, device=x.device) if row_mixture is None else row_mixture
-    ids_sj, weights_sj = call.adapter_ids[mixture], call.weights[mixture]
-    in_range = (ids_sj >= 0) & (ids_sj < call.count)
-    known = torch.where(in_range, ids_sj, 0).long()
-    scale_sj = in_range.float() if scale is None else torch.where(in_range, scale[known], 0.0)
-    of_rows = (call.groups, x.shape[0] // max(call.groups, 1), call.per_row)
+    route = Routing(call)
     out = [t.new_empty(0) for t in (x, lora_a, lora_b, weights, weights)]
-    if need_a or need_b or need_scale:
-        runs = plans.adapter_runs(ids_sj, x.shape[0], call.count)
     if need_x:  # the update's transpose is the same op with the factors exchanged
         out[0] = x.new_empty(x.shape)
         call.expand(q, [lora_a], [out[0]], [])
-    if need_a or need_b:
-        factor = (weights_sj * scale_sj)[:, None].expand(of_rows).reshape(-1)
     if need_a:
-        out[1] = call.outer(q[0], x, factor, runs, lora_a)
+        out[1] = call.outer(q[0], x, route.factor, route.runs, lora_a)
     if need_b:
-        out[2] = call.outer(h[0], grad, factor, runs, lora_b)
+        out[2] = call.outer(h[0], grad, route.factor, route.runs, lora_b)
     if need_weights or need_scale:
         # <A x, B grad> of each pair; few sums over many terms, so in float64.
-        dot = (h[0].sum(0).double() * q[0].sum(0).double()).sum(-1).reshape(of_rows)
+        dot = (h[0].sum(0).double() * q[0].sum(0).double()).sum(-1)
     if need_weights:
-        grad_sj = dot.sum(1) * scale_sj
-        if row_mixture is not None:  # in a fixed order, which index_add has not
-            one_hot = torch.arange(adapter_ids.shape[0], device=x.device)[:, None] == mixture
-            grad_sj = one_hot.double() @ grad_sj
-        out[3] = grad_sj.float()
+        out[3] = route.weight_gradient(dot)
     if need_scale:
-        out[4] = call.sum_runs((dot * weights_sj[:, None]).reshape(-1), runs)
+        out[4] = route.scale_gradient(dot)
     return tuple(out)
 
 
-def _call(x, lora_a, row_start, ranks, adapter_ids, weights, scale, row_mixture, plan, max_rank):
+def call_of(x, lora_a, row_start, ranks, adapter_ids, weights, scale, row_mixture, plan, max_rank):
     count = row_start[0].shape[0] - 1 if row_start else lora_a[0].shape[0]
     row_start, ranks, scale = (
         tuple(t.contiguous() for t in ts) for ts in (row_start, ranks, scale)

@@ -1,0 +1,287 @@
+"""EigenLoRAx on real text tasks: is a basis of other tasks' adapters enough for a new one?
+
+    python examples/eigenlorax_glue_like.py --csv results.csv --minutes 50
+    python examples/eigenlorax_glue_like.py --csv results.csv --table
+
+all-MiniLM-L6-v2; every held-out task is learned from coefficients in a basis that was fitted to the
+adapters of all other tasks, and in six other ways. Each finished cell is a row of the CSV; a second
+run does what is missing. docs/eigenlorax.md says what came out.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from eigenlorax_reconstruction import PUBLIC, SIZES, families, reconstructed, reported, ways
+from eigenlorax_tables import REPORTED, show, summary
+from eigenlorax_training import Experiment, Settings, parse
+
+from lora_fused.cli.console import Reporter, print_json
+from lora_fused.cli.demo_tasks import model_path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = (
+    "probe",
+    "lora",
+    "full",
+    "eigenlorax-8",
+    "eigenlorax-16",
+    "eigenlorax-32",
+    "augmented-16+16",
+    "hosvd-32",
+    "null-32",
+)
+# One rule for all: the rate with the best mean accuracy on the development tasks, from three steps
+# of one scale, further on while the best is at an end. One rate for all methods that train
+# coefficients: it is chosen with the basis in the middle.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FIRST_RATE = {"probe": 5, "lora": 4, "full": 2, "coefficients": 5}
+STANDS_FOR = {"coefficients": "eigenlorax-16"}
+COLUMNS = [
+    "recipe",
+    "phase",
+    "task",
+    "seed",
+    "method",
+    "rate",
+    "head_rate",
+    "parameters",
+    "head_parameters",
+    "lora_ratio",
+    "accuracy",
+    "validation",
+    "steps_to_95",
+    "saved_mib",
+    "train_mib",
+    "cpu_seconds",
+    *REPORTED,
+    "torch",
+    "threads",
+    "machine",
+    "commit",
+    "date",
+]
+KEY = ("phase", "task", "seed", "method", "rate")
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what is done is in the CSV."""
+
+
+class Results:
+    """The rows of one recipe in a CSV, which may hold others; a row is written whole."""
+
+    def __init__(self, path: Path, recipe: str, conditions: dict, deadline: float):
+        self.path, self.recipe, self.conditions = path, recipe, conditions
+        self.deadline, self.rows = deadline, {}
+        if path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a run was killed while it wrote
+            self.path.write_text(whole, encoding="utf-8")
+        for row in csv.DictReader(whole.splitlines()):
+            if list(row) != COLUMNS:
+                raise ValueError(f"{self.path}: columns must be {COLUMNS}, got {list(row)}")
+            if row["recipe"] == self.recipe:
+                self.rows[tuple(row[k] for k in KEY)] = row
+
+    def cell(self, make, **key) -> dict:
+        """The row of a cell, computed by ``make()`` unless it is there already."""
+        full = {name: str(key.get(name, "")) for name in KEY}
+        at = tuple(full.values())
+        if at not in self.rows:
+            if time.monotonic() >= self.deadline:
+                raise OutOfTime
+            now = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")}
+            found = {"recipe": self.recipe, **full, **make(), **self.conditions, **now}
+            row = {c: "" if found.get(c) is None else str(found[c]) for c in COLUMNS}
+            self._append(row)
+            self.rows[at] = row
+        return self.rows[at]
+
+    def _append(self, row: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.is_file() or not self.path.stat().st_size
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+
+
+def family(method: str) -> str:
+    """The methods that share a learning rate."""
+    return method if method in FIRST_RATE else "coefficients"
+
+
+def chosen_rate(experiment: Experiment, results: Results, of: str, head_rate: float | None):
+    """The learning rate of a family by the rule above."""
+    low = high = FIRST_RATE[of]
+    high += 2
+    while True:
+        scores = {}
+        for i in range(low, high + 1):
+            scores[i] = statistics.fmean(
+                float(_ladder(experiment, results, task, of, RATES[i], head_rate)["accuracy"])
+                for task in experiment.development
+            )
+        best = max(scores, key=lambda i: (scores[i], -i))
+        if best == low > 0:
+            low -= 1
+        elif best == high < len(RATES) - 1:
+            high += 1
+        else:
+            return RATES[best]
+
+
+def _ladder(experiment, results, task, of, rate, head_rate) -> dict:
+    method = STANDS_FOR.get(of, of)
+    rates = (rate, head_rate if head_rate is not None else rate)
+
+    def make() -> dict:
+        return {"head_rate": rates[1], **experiment.run(task, 0, method, rates, checks=False)}
+
+    return results.cell(make, phase="ladder", task=task, seed=0, method=method, rate=rate)
+
+
+def run(experiment: Experiment, results: Results, options, reporter: Reporter) -> None:
+    """All cells that are missing: rates first, then seed by seed, so that tasks come before seeds.
+
+    The pool's adapters are trained before all.
+    """
+    if not experiment.load_pool(reporter.say, lambda: time.monotonic() < results.deadline):
+        raise OutOfTime
+    wanted = [family(method) for method in options.methods]
+    rates = {"probe": chosen_rate(experiment, results, "probe", None)}
+    for of in dict.fromkeys(wanted):
+        if of != "probe":
+            rates[of] = chosen_rate(experiment, results, of, rates["probe"])
+    cells = [
+        (s, t, m) for s in range(options.seeds) for t in options.tasks for m in options.methods
+    ]
+    with reporter.task(f"{len(cells)} cells", len(cells)) as advance:
+        for seed, task, method in cells:
+            pair = rates[family(method)], rates["probe"]
+
+            def make(key=(task, seed, method), pair=pair) -> dict:
+                return {"head_rate": pair[1], **experiment.run(*key, pair, checks=True)}
+
+            results.cell(make, phase="cell", task=task, seed=seed, method=method, rate=pair[0])
+            advance(1)
+            if seed == 0 and (task, method) == (options.tasks[-1], options.methods[-1]):
+                _without_training(experiment, results, options, reporter)
+
+
+def _without_training(experiment: Experiment, results: Results, options, reporter) -> None:
+    if options.no_reconstruction:
+        return
+    banks = dict(families(experiment))
+    # A pool's own report costs most, and says the same at every size.
+    fits = [
+        (name, f"{kind}-{size}")
+        for name in banks
+        for kind in ("eigenlorax", "hosvd")
+        for size in (SIZES if name in PUBLIC else SIZES[-1:])
+    ]
+    pairs = [(task, way) for task in experiment.tasks for way in ways()]
+    with reporter.task("reconstruction", len(fits) + len(pairs)) as advance:
+        for task, way in pairs:
+            make = functools.partial(reconstructed, experiment, task, way)
+            results.cell(make, phase="reconstruct", task=task, method=way)
+            advance(1)
+        for name, method in fits:
+            kind, (size,) = parse(method)
+            make = functools.partial(reported, banks[name], kind, size)
+            results.cell(make, phase="report", task=name, method=method)
+            advance(1)
+
+
+def recipe_of(settings: Settings, experiment: Experiment, threads: int) -> str:
+    """A name of everything besides the cell's own key that decides what it holds."""
+    recipe = {**dataclasses.asdict(experiment.recipe), "model": Path(experiment.recipe.model).name}
+    told = [dataclasses.asdict(settings), recipe, list(experiment.tasks), RATES, threads]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def conditions(threads: int) -> dict:
+    """What a row says of where it was made."""
+    try:
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    machine = models[0] if models else "unknown"
+    return {"torch": torch.__version__, "threads": threads, "machine": machine, "commit": commit}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--csv", type=Path, required=True, help="rows, appended to")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/eigenlorax"), help="adapters")
+    parser.add_argument("--model", help="a BERT's folder in place of the packaged one")
+    parser.add_argument("--data", type=Path, help="in place of LORA_FUSED_DATA")
+    parser.add_argument("--seeds", type=int, default=3, help="0 to N - 1, one after the other")
+    parser.add_argument("--tasks", type=words, help="held-out tasks, comma-separated")
+    parser.add_argument("--methods", type=words, default=list(METHODS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-reconstruction", action="store_true", help="only what is trained")
+    parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument("--quiet", "-q", action="store_true")
+    for field in dataclasses.fields(Settings):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(field.default), default=field.default)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    deadline = time.monotonic() + 60 * options.minutes
+    torch.set_num_threads(options.threads)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    where = {} if options.data is None else {"data": options.data}
+    experiment = Experiment(settings, options.model or str(model_path()), options.cache, **where)
+    options.tasks = options.tasks or experiment.held_out
+    unknown = [t for t in options.tasks if t not in experiment.tasks or t in experiment.development]
+    if unknown:
+        print(f"no task to hold out: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    recipe = recipe_of(settings, experiment, options.threads)
+    results = Results(options.csv, recipe, conditions(options.threads), deadline)
+    reporter = Reporter(options.quiet)
+    if not options.table:
+        try:
+            run(experiment, results, options, reporter)
+        except OutOfTime:
+            reporter.say(f"stopped after {options.minutes:g} minutes; run again to go on")
+    found = {"recipe": recipe, **summary(results.rows.values(), ways())}
+    if options.json:
+        print_json(found)
+    else:
+        show(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""examples/eigenlorax_glue_like.py on a tiny random model and made-up tasks: runs, resumes."""
+
+import csv
+import json
+import random
+import sys
+
+import pytest
+import torch
+from support import ROOT
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("rich")
+
+WORDS = [f"w{i}" for i in range(40)]
+TASKS = ("trec6", "cr", "clickbait", "stackoverflow", "mr")
+METHODS = "probe,lora,full,eigenlorax-4,augmented-2+2,hosvd-4,null-4"
+SMALL = {"steps": 4, "batch": 8, "checks": 2, "pool-rows": 16, "pool-epochs": 1, "test-rows": 16}
+NOT_TIMED = ("cpu_seconds", "date")
+
+
+@pytest.fixture(scope="module")
+def example():
+    sys.path.insert(0, str(ROOT / "examples"))
+    import eigenlorax_glue_like
+
+    yield eigenlorax_glue_like
+    sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A BERT of two layers with 40 words, and five tasks whose label is which half says more."""
+    made = tmp_path_factory.mktemp("eigenlorax")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=45, num_hidden_layers=2, **sizes)
+    transformers.BertModel(config).save_pretrained(made / "model")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (made / "vocab.txt").write_text("\n".join([*special, *WORDS]))
+    transformers.BertTokenizer(str(made / "vocab.txt")).save_pretrained(made / "model")
+    (made / "text").mkdir()
+    for task in TASKS:
+        draw, lines = random.Random(task), ["split\tlabel\ttext"]
+        for i in range(80):
+            words = draw.sample(WORDS, 6)
+            label = int(sum(word in WORDS[:20] for word in words) > 3)
+            lines.append("\t".join(["train" if i < 60 else "test", str(label), " ".join(words)]))
+        (made / "text" / f"{task}.tsv").write_text("\n".join(lines) + "\n")
+    known = [{"task": task, "labels": ["w1", "w30"]} for task in TASKS]
+    (made / "text" / "tasks.json").write_text(json.dumps(known))
+    return made
+
+
+@pytest.fixture
+def run(example, folder, capsys):
+    """run("a.csv", "--seeds", 1) -> the rows of the CSV without times, and the summary."""
+
+    def call(name, *options):
+        path = folder / name
+        where = ("--csv", path, "--data", folder, "--model", folder / "model")
+        always = ("--cache", folder / "cache", "--methods", METHODS, "--json", "-q")
+        small = [f"--{name}={value}" for name, value in SMALL.items()]
+        assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
+        with path.open() as file:
+            rows = [
+                {k: v for k, v in r.items() if k not in NOT_TIMED} for r in csv.DictReader(file)
+            ]
+        return rows, json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def small_reconstruction(monkeypatch, example):
+    import eigenlorax_reconstruction as part
+
+    monkeypatch.setattr(part, "WAYS", ("eigenlorax-4", "hosvd-4"))
+    monkeypatch.setattr(part, "LEFT_OUT", ("hosvd-4", "null-4"))
+    monkeypatch.setattr(example, "SIZES", (4,))
+
+
+def test_it_resumes_as_if_it_had_never_stopped(run, folder, small_reconstruction):
+    whole, told = run("whole.csv", "--seeds", 1)
+    phases = [row["phase"] for row in whole]
+    assert phases.count("cell") == 2 * 7  # two tasks to hold out
+    assert phases.count("report") == 2 and phases.count("reconstruct") == 5 * 6
+    assert [m["method"] for m in told["methods"]] == METHODS.split(",")
+    lines = (folder / "whole.csv").read_text().splitlines(keepends=True)
+    (folder / "part.csv").write_text("".join(lines[:20]) + lines[20][:30])  # killed in a row
+    stopped, _ = run("part.csv", "--seeds", 1, "--minutes", 0)
+    assert stopped == whole[:19]  # nothing begins, and the torn row is gone
+    resumed, again = run("part.csv", "--seeds", 1)
+    assert resumed == whole
+    for both in (told, again):
+        for method in both["methods"]:
+            del method["cpu_seconds"]
+    assert again == told
+    size = (folder / "part.csv").stat().st_size
+    run("part.csv", "--seeds", 1)
+    assert (folder / "part.csv").stat().st_size == size  # nothing is done twice
+
+
+def test_parameters_are_the_formulas(run):
+    rows, _ = run("whole.csv", "--seeds", 1, "--no-reconstruction")
+    layers = 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16))  # sum of I + O
+    found = {r["method"]: int(r["parameters"]) for r in rows if r["phase"] == "cell"}
+    modules, rank = 2 * 6, 8
+    assert found["lora"] == rank * layers
+    for method in ("eigenlorax-4", "augmented-2+2", "hosvd-4", "null-4"):
+        assert found[method] == 2 * 4 * rank * modules
+        ratio = {r["lora_ratio"] for r in rows if r["method"] == method and r["phase"] == "cell"}
+        assert {float(r) for r in ratio} == {round(layers / (2 * 4 * modules), 3)}
+    assert found["probe"] == 0 and found["full"] > found["lora"]
+
+
+def test_another_setting_is_another_recipe(run):
+    before, told = run("whole.csv", "--seeds", 1, "--no-reconstruction")
+    rows, other = run(
+        "whole.csv", "--seeds", 1, "--no-reconstruction", "--steps", 2, "--minutes", 0
+    )
+    assert rows == before and other["recipe"] != told["recipe"] and other["methods"] == []
+
+
+def test_an_interval_is_students(example):
+    from eigenlorax_tables import interval
+
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert mean == 3.5 and half == pytest.approx(2.5706 * 1.8708 / 6**0.5, rel=2e-3)
+    assert interval([1.0]) == [1.0, None] and interval([]) is None
+
+
+def test_a_task_of_the_development_is_not_held_out(example, folder, capsys):
+    argv = ["--csv", str(folder / "none.csv"), "--data", str(folder), "--tasks", "clickbait"]
+    assert example.main([*argv, "--model", str(folder / "model")]) == 2
+    assert "clickbait" in capsys.readouterr().err

@@ -11,8 +11,8 @@ the CPU clock, so that a busy machine can be used.
 
 Entrywise rules run on the 28 modules, density 0.5. PEFT needs minutes for them, too: it is timed on
 --peft-modules of the modules, and the time is scaled. Their max_error is that of the product of one
-module to PEFT's rule and a full SVD in float64, DARE with the same masks on all sides; rows of a
-core space, another rule, have the difference to the dense one there, and say so.
+module to a full SVD in float64 of what PEFT's rule gives, DARE with the same masks on all sides;
+rows of a core space, another rule, have the difference to the dense one there, and say so.
 """
 
 import argparse
@@ -192,11 +192,11 @@ def agreement(rule: str, hidden: int) -> tuple[dict[str, float], float]:
     masks = (module, (hidden, hidden))
     with same_masks(*masks):
         theirs = product(peft.merge(f"{rule}_svd", True, density=DENSITY)[module])
+    layer = peft.model.base_model.model.get_submodule(module)
+    updates = [layer.get_delta_weight(name).detach() for name in WEIGHTS]
     with same_masks(*masks):
-        updates = [product(peft.bank.adapter(name).modules[module]) for name in WEIGHTS]
-        weights = torch.tensor(list(WEIGHTS.values()), dtype=torch.float64)
-        dense = getattr(merge_utils, rule)(updates, weights, DENSITY)
-    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        dense = getattr(merge_utils, rule)(updates, torch.tensor(list(WEIGHTS.values())), DENSITY)
+    u, s, vh = torch.linalg.svd(dense.double(), full_matrices=False)
     truth = (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
     found = {FULL: theirs}
     for space in ("svd", *SPACES):

@@ -14,7 +14,6 @@ from lora_fused import AdapterBank, attach
 from lora_fused.cli.demo_train import embed
 from lora_fused.methods import Subspace, fit_subspace
 from lora_fused.methods.controls import unrelated
-from lora_fused.new import new_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +83,12 @@ class Experiment(TextExperiment):
         if kind == "probe":
             yield Learner(model, torch.no_grad()(encoder), [], 0)
         elif kind == "full":
-            model.requires_grad_(True)
-            unused = {id(p) for p in model.pooler.parameters()}  # by the mean of the hidden states
-            trained = [p for p in model.parameters() if id(p) not in unused]
-            yield Learner(model, encoder, trained, None)
+            yield Learner(model, encoder, self.all_weights(model), None)
         elif kind == "lora":
-            bank, targets = AdapterBank(), list(self.recipe.targets)
-            bank.add(new_adapter(model, task, target_modules=targets, **options))
-            with attach(model, bank).mix(task):
+            handle, parameters = self.fresh_lora(model, task, options["seed"])
+            with handle.mix(task):
                 expected = s.rank * sum(i + o for i, o in widths)
-                yield Learner(model, encoder, bank.trainable([task]), expected)
+                yield Learner(model, encoder, parameters, expected)
         else:
             fitted = self.subspace(task, kind, *sizes)
             # The bases alone: the cores of the other tasks are of no use to this one.

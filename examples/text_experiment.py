@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fused import AdapterBank, load_adapters
+from lora_fused import AdapterBank, attach, load_adapters
 from lora_fused.cli.demo_tasks import Task, load_tasks, sampled
 from lora_fused.cli.demo_train import Recipe, adapter_folder, embed, encode, load_model, train
+from lora_fused.new import new_adapter
 
 Rows = tuple[tuple[str, int], ...]
 Encoder = Callable[[list[str]], Tensor]
@@ -110,14 +111,28 @@ class TextExperiment:
             head.bias.zero_()
         return head
 
-    def embedded(self, rows: Rows) -> dict[str, Tensor]:
-        """The embeddings of texts by the model as it is at this moment."""
+    def all_weights(self, model: nn.Module) -> list[nn.Parameter]:
+        """What full fine-tuning trains: all that the mean of the hidden states depends on."""
+        model.requires_grad_(True)
+        unused = {id(p) for p in model.pooler.parameters()}
+        return [p for p in model.parameters() if id(p) not in unused]
+
+    def fresh_lora(self, model: nn.Module, name: str, seed: int):
+        """A new adapter on a model, its name the mixture: the handle and what trains."""
+        s, bank = self.settings, AdapterBank()
+        options = {"rank": s.rank, "alpha": s.alpha, "seed": seed}
+        bank.add(new_adapter(model, name, target_modules=list(self.recipe.targets), **options))
+        return attach(model, bank), bank.trainable([name])
+
+    def embedded(self, rows: Rows, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """The embeddings of texts by a model as it is at this moment; by default the frozen one."""
+        model = self.model if model is None else model
         texts = sorted({text for text, _ in rows}, key=lambda text: (len(text), text))
         found = {}
         with torch.no_grad():
             for start in range(0, len(texts), 32):
                 part = texts[start : start + 32]
-                found.update(zip(part, embed(self.model, self.tokens(part)), strict=True))
+                found.update(zip(part, embed(model, self.tokens(part)), strict=True))
         return found
 
     def fit(

@@ -5,6 +5,7 @@ from lora_fused.methods.clusters import SubspaceClusters
 from lora_fused.methods.composition import LearnedComposition, uniform
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
 from lora_fused.methods.fedex import FedexMerged, fedex
+from lora_fused.methods.lorahub import LoraHub, lorahub, mix_factors
 from lora_fused.methods.merge_report import Merged, MergeReport, ModuleReport
 from lora_fused.methods.merging import merge
 from lora_fused.methods.subspace import FitOptions, Subspace
@@ -24,6 +25,7 @@ __all__ = [
     "FitOptions",
     "GaugeCheck",
     "LearnedComposition",
+    "LoraHub",
     "MeanCheck",
     "MergeReport",
     "Merged",
@@ -37,7 +39,9 @@ __all__ = [
     "fedex",
     "fit_subspace",
     "leave_one_out",
+    "lorahub",
     "merge",
+    "mix_factors",
     "subspace_report",
     "subtract_general",
     "uniform",

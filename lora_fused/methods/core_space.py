@@ -60,7 +60,8 @@ def merge_knots(
     joined = torch.cat([b @ a for b, a in zip(left, lower, strict=True)], 1)
     u, s, _ = torch.linalg.svd(joined, full_matrices=False)
     u, s = (t[..., : _rank_of(s)] for t in (u, s))
-    share = [(u.mT / s[:, None]) @ b for b in left]
+    inverse = torch.where(s > 0, 1 / s, 0.0)[:, None]  # of updates that are all zero, too
+    share = [inverse * (u.mT @ b) for b in left]
 
     def rows(k: int, span: slice) -> Tensor:
         return basis_a.times((share[k][span] @ parts[k])[None])[0].float()

@@ -13,9 +13,11 @@ from lora_fused.methods.exact_sums import Cut, Part, Sum, measured
 from lora_fused.methods.factor_space import Layer
 from lora_fused.ops import stacked_svd
 
-# What LAPACK's float32 SVD leaves of ||M^T u - s v|| is some tens of eps * s: no better is asked.
-_CONVERGED = 16
-_STEPS = (8, 24)  # power iterations tried; then the whole is decomposed
+_SPARE = 8  # directions beyond the rank, which speed up its last ones
+_SMALL = 128  # sides up to here are decomposed in full
+_STEPS = (6, 16)  # power iterations tried; then the whole is decomposed
+# ||M^T u - s v|| / s_1 that is good enough: what LAPACK's float32 SVD leaves is some times larger.
+_CONVERGED = 4 * torch.finfo(torch.float32).eps
 
 
 def merge_updates(
@@ -46,30 +48,40 @@ def combined(layer: Layer, rule: Entrywise) -> Tensor:
 
 def leading(dense: Tensor, rank: int | None, energy: float | None) -> Cut:
     """The best approximation of a rank, or of the rank that keeps a share of the energy."""
-    u, s, vh = _singular(dense, rank, energy)
-    root = s.double().sqrt()[:, None]
-    kept, whole = s.double().square().sum(), dense.double().square().sum()
+    u, s, vh = _singular(dense.double(), rank, energy)
+    root = s.sqrt()[:, None]
+    kept, whole = s.square().sum(), dense.double().square().sum()
     lost = (whole - kept).clamp_min(0).sqrt()
     share = (kept / whole).clamp_max(1) if whole > 0 else torch.ones_like(whole)
-    lora_a, lora_b = root * vh.double(), root * u.mT.double()
-    return Cut(lora_a[None], lora_b[None], [len(s)], whole.sqrt()[None], lost[None], share[None])
+    factors = ((root * vh)[None], (root * u.mT)[None])
+    return Cut(*factors, [len(s)], whole.sqrt()[None], lost[None], share[None])
 
 
 def _singular(dense: Tensor, rank: int | None, energy: float | None) -> tuple:
-    if rank is not None:
-        rank = min(rank, *dense.shape)
+    """u, s and vh of the leading part of [O, I], float64."""
     if not dense.any():
         rank = rank or 1
         return dense[:, :rank], dense.new_zeros(rank), dense[:rank]
-    for steps in _STEPS:
-        options = {"rank": rank, "energy": energy, "power_iterations": steps}
-        u, s, vh, *_ = stacked_svd(dense, method="krylov", **options)
-        # M v = s u holds by construction; what is left of the other side says how far it is.
-        left = (dense.mT @ u - vh.mT * s).norm(dim=0)
-        if bool((left <= _CONVERGED * torch.finfo(s.dtype).eps * s[0] * len(s) ** 0.5).all()):
+    side = min(dense.shape)
+    # The share of the energy that is asked for may need any number of directions.
+    few = rank is not None and side > _SMALL and 4 * (rank + _SPARE) < side
+    for steps in _STEPS if few else ():
+        options = {"rank": rank + _SPARE, "method": "krylov", "power_iterations": steps}
+        u, s, vh = _refined(dense, stacked_svd(dense.float(), **options).vh)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        # M^T u = s v holds by construction; the other side says how far it is.
+        left = (dense @ vh.mT - u * s).norm(dim=0)
+        if bool((left <= _CONVERGED * s[0]).all()):
             return u, s, vh
     u, s, vh = torch.linalg.svd(dense, full_matrices=False)
     if rank is None:
-        reached = s.double().square().cumsum(0)
+        reached = s.square().cumsum(0)
         rank = int((reached < energy * reached[-1]).sum()) + 1
     return u[:, :rank], s[:rank], vh[:rank]
+
+
+def _refined(dense: Tensor, vh: Tensor) -> tuple:
+    """One more power step in float64, without the rounding of those before."""
+    q = torch.linalg.qr(dense @ vh.double().mT).Q
+    left, s, vh = torch.linalg.svd(q.mT @ dense, full_matrices=False)
+    return q @ left, s, vh

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 from composition_few_shot_methods import METHODS, FewShot, Settings
+from composition_few_shot_plot import svg
+from composition_few_shot_tables import found, tables
 from resumable import OutOfTime, Results, best_rate, conditions
 
 from lora_fused.cli.console import Reporter
@@ -135,6 +137,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--plot", type=Path, help="write accuracy against shots as an SVG here")
     parser.add_argument("--quiet", "-q", action="store_true")
     for field in dataclasses.fields(Settings):
         option = f"--{field.name.replace('_', '-')}"
@@ -178,6 +181,10 @@ def main(argv: list[str] | None = None) -> int:
             run(experiment, results, options, reporter)
         except OutOfTime:
             reporter.say(f"stopped after {options.minutes:g} minutes; run again to go on")
+    told = found(results.rows.values())
+    print(tables(told))
+    if options.plot is not None:
+        options.plot.write_text(svg(told), encoding="utf-8")
     return 0
 
 

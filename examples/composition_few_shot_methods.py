@@ -35,9 +35,9 @@ METHODS = (
 class Settings:
     """Everything besides task, seed, shots, method and learning rate that decides a cell."""
 
-    epochs: int = 10
-    least_steps: int = 30
-    most_steps: int = 100
+    epochs: int = 8
+    least_steps: int = 24
+    most_steps: int = 80
     batch: int = 16
     train_rows: int = 1000  # what "full" is, at most
     test_rows: int = 200
@@ -98,9 +98,8 @@ class FewShot(TextExperiment):
         draw, steps = seed_of(f"{task} {seed} {shots}"), self.steps(rows)
         head = self.head(self.tasks[task])
         with self.learner(task, method, rows, draw) as learner:
-            seconds = self.fit(
-                learner.encoder, learner.parameters, head, rows, steps=steps, seed=draw, rates=rates
-            )
+            options = {"steps": steps, "seed": draw, "rates": rates, "fused": True}
+            seconds = self.fit(learner.encoder, learner.parameters, head, rows, **options)
             accuracy = self.accuracy(learner.encoder, head, test)
         return {
             "rows": len(rows),

@@ -146,17 +146,19 @@ class TextExperiment:
         seed: int,
         rates: tuple[float, float],
         look: Callable[[int], None] | None = None,
+        fused: bool = False,
     ) -> float:
         """Train in place; return the CPU seconds of the steps.
 
         Args:
             rates: learning rates of ``parameters`` and of the head.
             look: called before each step with the number of those done.
+            fused: AdamW in one kernel, which rounds in another way and takes a fifth of the time.
         """
         seconds, groups = 0.0, [{"params": head.parameters(), "lr": rates[1]}]
         if parameters:
             groups.append({"params": parameters, "lr": rates[0]})
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(groups, fused=fused)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in groups], total_steps=steps
         )

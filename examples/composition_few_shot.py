@@ -33,7 +33,7 @@ SHOTS = ("4", "16", "64", "full")
 # class, from three steps of one scale, further on while the best is at an end; the head's first,
 # which serves wherever nothing else trains, then the others beside it. It stays at all shots.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-FIRST_RATE = {"head": 5, "lora": 4, "full": 2, "learned": 7}
+FIRST_RATE = {"head": 5, "lora": 4, "full": 2, "learned": 7, "learned-free": 6}
 RATE_OF = {"uniform": "head", "lorahub": "head", "null-uniform": "head", "null-learned": "learned"}
 LADDER_SHOTS = "16"
 COLUMNS = [

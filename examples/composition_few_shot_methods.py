@@ -25,6 +25,7 @@ METHODS = (
     "full",
     "uniform",
     "learned",
+    "learned-free",
     "lorahub",
     "null-uniform",
     "null-learned",
@@ -129,8 +130,10 @@ class FewShot(TextExperiment):
             handle, parameters = self.fresh_lora(model, task, draw)
             with handle.mix(task):
                 yield Learner(encoder, parameters, sum(p.numel() for p in parameters), 0.0, 0)
-        elif method.endswith("learned"):
-            handle, composition = attach(model, bank), LearnedComposition(bank)
+        elif "learned" in method:
+            constraint = "none" if method == "learned-free" else "softmax"
+            composition = LearnedComposition(bank, constraint=constraint)
+            handle = attach(model, bank)
 
             def composed(texts: list[str]) -> Tensor:
                 with handle.mix(composition.mixture()):

@@ -12,6 +12,7 @@ COLOURS = {
     "full": "#b8860b",
     "uniform": "#3a9bd9",
     "learned": "#0b4f8a",
+    "learned-free": "#7a4fa3",
     "lorahub": "#00855f",
     "null-uniform": "#3a9bd9",
     "null-learned": "#0b4f8a",

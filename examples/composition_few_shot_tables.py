@@ -14,6 +14,7 @@ CLAIMS = tuple(
     for one, others in {
         "uniform": ("full", "lora", "head", "null-uniform"),
         "learned": ("full", "lora", "head", "null-learned", "uniform"),
+        "learned-free": ("full", "lora", "head", "learned"),
         "lorahub": ("full", "lora", "head", "uniform", "learned"),
     }.items()
     for other in others

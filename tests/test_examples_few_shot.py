@@ -85,6 +85,7 @@ def test_what_trains_is_what_the_formulas_say(run):
     found = {method: int(row["parameters"]) for method, row in cells.items()}
     modules, adapters, rank = 2 * 6, len(TASKS) - 1, 8
     assert found["learned"] == found["null-learned"] == adapters * modules
+    assert found["learned-free"] == found["learned"]
     assert found["lorahub"] == adapters
     assert found["lora"] == rank * 2 * (4 * (16 + 16) + (16 + 32) + (32 + 16))
     assert found["head"] == found["uniform"] == found["null-uniform"] == 0 < found["full"]

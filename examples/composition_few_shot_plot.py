@@ -21,7 +21,7 @@ STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1c2430}.t{font-weight:600}.f{fill:#566170}"
     ".g{stroke:#e6e9ed}path{fill:none}"
 )
-WIDE, HIGH, SMALL = 560, 400, 250  # of the large panel, and of a small one
+WIDE, SMALL, HIGH = 560, 250, 190  # widths of the large panel and of a small one, its height
 
 Curves = dict[str, dict[str, float]]  # method -> shots -> accuracy
 
@@ -29,12 +29,14 @@ Curves = dict[str, dict[str, float]]  # method -> shots -> accuracy
 def svg(data: Found) -> str:
     """The picture; dashed lines are adapters that were turned at random."""
     rows = -(-len(data.tasks) // 2)
-    high = max(HIGH, rows * 190 + 10)
+    high = max(rows, 2) * HIGH
     width = WIDE + 2 * SMALL + 20
     parts = [f'<rect width="{width}" height="{high}" fill="#fff"/>']
-    parts += _panel(data, "mean of tasks", _curves(data, None), (0, 0, WIDE, HIGH), names=True)
+    parts += _panel(
+        data, "accuracy, mean of tasks", _curves(data, None), (0, 0, WIDE, high), names=True
+    )
     for i, task in enumerate(data.tasks):
-        box = (WIDE + 20 + (i % 2) * SMALL, (i // 2) * 190, SMALL, 190)
+        box = (WIDE + 20 + (i % 2) * SMALL, (i // 2) * HIGH, SMALL, HIGH)
         parts += _panel(data, task, _curves(data, task), box, names=False)
     size = f'width="{width}" height="{high}" viewBox="0 0 {width} {high}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'

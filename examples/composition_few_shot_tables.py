@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from composition_few_shot_methods import METHODS
 from resumable import interval
 
-NULL = "null-"
+COMPARED = ("head", "lora", "full", "uniform", "learned", "lorahub")
 CLOSE = 0.02  # accuracies that differ by no more are comparable
 # (the paper's claim or our control, one method, another): the first is to be better.
 CLAIMS = tuple(
@@ -28,8 +29,9 @@ class Found(NamedTuple):
 
     Attributes:
         shots: in order, ``"full"`` last.
-        accuracy, seconds: shots -> method -> (task, seed) -> value, only of the tasks and seeds
-            that all methods but the null's have, so that methods compare on the same cells.
+        accuracy, seconds: shots -> method -> (task, seed) -> value, of the tasks and seeds that all
+            of COMPARED have, so that methods compare on the same cells; a method that lacks one is
+            left out there.
         facts: method -> a row.
     """
 
@@ -49,19 +51,21 @@ def found(rows: Iterable[dict]) -> Found:
             at = row["task"], int(row["seed"])
             cells.setdefault(row["shots"], {}).setdefault(row["method"], {})[at] = row
     shots = sorted(cells, key=lambda s: (s == "full", int(s) if s != "full" else 0))
-    methods = list(dict.fromkeys(m for s in shots for m in cells[s] if not m.startswith(NULL)))
-    nulls = dict.fromkeys(m for s in shots for m in cells[s] if m.startswith(NULL))
-    methods += nulls
+    run = {m for s in shots for m in cells[s]}
+    methods = [m for m in METHODS if m in run]
     values: dict[str, dict] = {"accuracy": {}, "cpu_seconds": {}}
     for s in shots:
-        whole = [set(of) for m, of in cells[s].items() if not m.startswith(NULL)] or [set()]
-        shared = set.intersection(*whole)
+        asked = [set(of) for m, of in cells[s].items() if m in COMPARED]
+        shared = set.intersection(*asked) if asked else set()
         for name, held in values.items():
             held[s] = {
-                m: {at: float(row[name]) for at, row in of.items() if at in shared}
+                m: {at: float(of[at][name]) for at in of if at in shared}
                 for m, of in cells[s].items()
+                if shared and shared <= of.keys()
             }
-    tasks = dict.fromkeys(at[0] for s in shots for of in cells[s].values() for at in of)
+    tasks = dict.fromkeys(
+        at[0] for s in shots for of in values["accuracy"][s].values() for at in of
+    )
     facts = {m: next(iter(cells[s][m].values())) for s in shots for m in cells[s]}
     return Found(methods, shots, list(tasks), values["accuracy"], values["cpu_seconds"], facts)
 

@@ -133,10 +133,14 @@ def _claims(data: Found) -> str:
         for s in data.shots:
             span, _ = difference(data, s, one, other)
             cells.append("" if span is None else f"{_points(span)}: {better(span)}")
-        rows.append([told, *cells])
+        if any(cells):
+            rows.append([told, *cells])
     span, _ = difference(data, "full", "learned", "lora")
-    last = "" if span is None else f"{_points(span)}: {comparable(span)}"
-    rows.append(["learned is comparable to lora", *[""] * (len(data.shots) - 1), last])
+    if span is not None:
+        blank = [""] * (len(data.shots) - 1)
+        rows.append(
+            ["learned is comparable to lora", *blank, f"{_points(span)}: {comparable(span)}"]
+        )
     title = "Differences in points of accuracy, 95 % interval over tasks (a task's seeds averaged)"
     return _table(title, ["claim", *data.shots], rows)
 

@@ -9,12 +9,14 @@
 PYTHON ?= python3
 PIP_TORCH ?=
 VENV := .venv
+# One process a core, each with one thread; a file's tests stay together, for they share what they compile.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 # What a second Triton is asked: its interpreter, its compiler, and the kernels at their edges.
-NEXT := test_interpreter or mixture_lora_aot or (triton and (Edges or gradients)) or regime_follows or a_stage or stacked_svd_triton
+NEXT := test_interpreter or lora_aot or (triton and (Edges or gradients)) or regime_follows or a_stage or stacked_svd_triton
 
 .PHONY: demo test bench bench-gpu clean
 
@@ -25,8 +27,8 @@ test: $(VENV)/.test $(VENV)/.triton-next
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lora-fused info
-	PYTHONPATH=$(VENV)/triton-next $(BIN)/python -m pytest tests/kernels tests/ops -k "$(NEXT)"
-	$(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/triton-next $(PYTEST) tests/kernels tests/ops -k "$(NEXT)"
+	$(PYTEST)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run mixture_lora --chosen --csv benchmarks/results/mixture_lora_chosen.csv

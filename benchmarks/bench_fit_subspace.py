@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     # The least that is needed: each factor read, and its products with P directions, once each.
     numbers = 2 * MODULES * ADAPTERS * RANK * HIDDEN
     facts = {"flops": 4.0 * numbers * DIRECTIONS, "traffic": 4.0 * numbers, "clock": "cpu"}
-    facts["floor"] = machine.Rates().floor(facts["flops"], facts["traffic"], "float32")
+    rates = machine.Rates(CLOCKS["cpu"])
+    facts["floor"] = rates.floor(facts["flops"], facts["traffic"], "float32")
     if options.csv:
         table.Table(options.csv).put(case, table.rows_of(case, raced, **facts))
 

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     for threads in options.threads:
         torch.set_num_threads(threads)
         left = [c for c in cases if not (results and results.has(c, any_commit=options.resume))]
-        rates = machine.Rates()
+        rates = machine.Rates(CLOCKS[options.clock])
         clock = _Countdown([_estimate(bench, c, rates, options.budget) for c in left])
         print(f"\n{threads} threads, {options.clock} clock; {rates}")
         print(f"{len(left)} cases, {len(cases) - len(left)} already in the CSV; {clock}\n")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import random
 import time
 from collections import Counter
@@ -102,6 +103,7 @@ class FewShot(TextExperiment):
             options = {"steps": steps, "seed": draw, "rates": rates, "fused": True}
             seconds = self.fit(learner.encoder, learner.parameters, head, rows, **options)
             accuracy = self.accuracy(learner.encoder, head, test)
+        gc.collect()  # an attached model and its layers refer to each other
         return {
             "rows": len(rows),
             "classes": len(self.tasks[task].labels),

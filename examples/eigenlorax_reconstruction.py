@@ -39,16 +39,16 @@ def reconstructed(experiment: Experiment, task: str, way: str) -> dict:
         served = Subspace(fitted.bases, AdapterBank(), fitted.options)
         served.cores.add(fitted.project(bank.adapter(task)))
         found["error"] = round(served.errors(bank).overall, 5)
+    labels = _labels(experiment, task)  # of the frozen model: before anything is attached to it
     handle = attach(experiment.model, served)
     with torch.no_grad(), handle.mix(None if way == "base" else task):
-        found["accuracy"] = _by_label_names(experiment, task)
+        found["accuracy"] = _by_label_names(experiment, task, labels)
     handle.detach()
     return found
 
 
-def _by_label_names(experiment: Experiment, task: str) -> float:
+def _by_label_names(experiment: Experiment, task: str, labels: Tensor) -> float:
     rows, right = sorted(experiment.tasks[task].test[:TEST_ROWS], key=lambda row: len(row[0])), 0
-    labels = _labels(experiment, task)
     for start in range(0, len(rows), 32):
         texts, target = zip(*rows[start : start + 32], strict=True)
         tokens = encode(experiment.tokenizer, list(texts), experiment.settings.max_length)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import random
 from collections.abc import Callable, Iterator
 
@@ -127,6 +128,7 @@ class Experiment(TextExperiment):
 
             seconds = self._train(learner, head, rows, task, seed, rates, look if checks else None)
             facts["accuracy"] = self.accuracy(learner.encoder, head, test)
+        gc.collect()  # an attached model and its layers refer to each other
         facts["cpu_seconds"] = round(seconds, 2)
         if checks:
             final = self.settings.steps

@@ -199,11 +199,13 @@ def heat_map(
     drawn = [f'<image {box} {style} href="{_png(pixels)}"/>']
     for line in tree:
         points = "L".join(f"{left - 2 - h * (left - 6):.1f} {2 + p * room:.1f}" for p, h in line)
-        drawn.append(f'<path class="tree" d="M{points}"/>')
+        thin = f'style="stroke-width:{min(1, room / 3):.2f}"'
+        drawn.append(f'<path class="tree" {thin} d="M{points}"/>')
     if room >= 5:
-        font = min(10.0, room)
+        font, x = min(10.0, room), left + size + 4
+        most = int((WIDTH - x) / (0.62 * font))
         drawn += [
-            _text(left + size + 4, 2 + room * (i + 0.5) + font / 3, shortened(name, 17), name, font)
+            _text(x, 2 + room * (i + 0.5) + font / 3, shortened(name, most), name, font)
             for i, name in enumerate(labels)
         ]
     scale = [[_colour(i / 40) for i in range(-40, 41)]]

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 from support import ROOT
 from support.text_tasks import text_tasks
 
@@ -114,3 +115,21 @@ def test_a_task_of_the_development_is_not_held_out(example, folder, capsys):
     argv = ["--csv", str(folder / "none.csv"), "--data", str(folder), "--tasks", "clickbait"]
     assert example.main([*argv, "--model", str(folder / "model")]) == 2
     assert "clickbait" in capsys.readouterr().err
+
+
+def test_label_names_are_the_frozen_models(example, folder, monkeypatch):
+    """An adapter moves label names too; it learned to meet them where they were."""
+    import eigenlorax_reconstruction as part
+    from eigenlorax_training import Experiment, Settings
+
+    settings = Settings(pool_rows=16, pool_epochs=1, test_rows=16)
+    experiment = Experiment(settings, str(folder / "model"), folder / "cache", folder)
+    assert experiment.load_pool(lambda text: None, lambda: True)
+    frozen, used = part._labels(experiment, "cr"), []
+    keep = lambda experiment, task, labels: used.append(labels) or 0.0  # noqa: E731
+    monkeypatch.setattr(part, "_by_label_names", keep)
+    for way in ("base", "own", "hosvd-4", "left out of hosvd-4"):
+        part.reconstructed(experiment, "cr", way)
+    assert len(used) == 4 and all(torch.equal(labels, frozen) for labels in used)
+    part.attach(experiment.model, experiment.bank).mix("cr").__enter__()
+    assert not torch.equal(part._labels(experiment, "cr"), frozen)  # so the test can fail

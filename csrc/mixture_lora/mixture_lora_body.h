@@ -14,14 +14,15 @@ namespace LF_NS {
 constexpr int64_t kBlock = 1024;
 constexpr int kShrinkGroup = 64;
 constexpr int kStreamRanks = 8;    // for a single row: enough independent sums to hide latency
-constexpr int kPanelDepth = 64;    // ranks of a panel of b: 16 KiB, L1 with the rows' coefficients
+constexpr int kPanelSize = 4096;   // floats of a panel of b: L1, with the rows' coefficients
 constexpr int kPanelRows = 4;      // fewer rows do not repay the copy
 // AVX-512 has 32 registers, the others 16. Expand keeps a sum and a total of each element.
 constexpr int kShrinkRows = 6;
 constexpr int kShrinkRanks = LF_SIMD == 2 ? 4 : 2;
 constexpr int kExpandRows = LF_SIMD == 2 ? 6 : 3;
 constexpr int kExpandVecs = LF_SIMD == 1 && Vec::width == 16 ? 1 : 2;
-constexpr int kPanelVecs = 64 / Vec::width;
+constexpr int kPanelColumns = 64;
+constexpr int kManyRows = 96;      // whose y leaves L1 before a second panel: one half as wide
 
 // ---- shrink ---------------------------------------------------------------------------------
 
@@ -108,28 +109,22 @@ static void shrink(const float* const* x, int rows, const void* const* a, Dtype 
 
 // ---- expand ---------------------------------------------------------------------------------
 
-// A block of b, depth by kPanelVecs vectors, side by side: rank rows lie a power of two apart in
-// memory, so that in place they would fall into a few sets of the L1 cache.
-struct Panel {
-  static constexpr int columns = kPanelVecs * Vec::width;
-  float data[kPanelDepth * columns];
-
-  template <class T>
-  void load(const void* const* b, int depth, int64_t o, int n) {
-    for (int p = 0; p < depth; ++p) {
-      const T* row = static_cast<const T*>(b[p]) + o;
-      float* out = data + p * columns;
-      for (int v = 0; v < n; v += Vec::width) {
-        const Vec part = n - v < Vec::width ? load_part(row + v, n - v) : Vec::load(row + v);
-        part.store(out + v);
-      }
+// W columns of b, rank rows side by side: they lie a power of two apart in memory, so that in place
+// they would fall into a few sets of the L1 cache.
+template <int W, class T>
+static void load_panel(const void* const* b, int depth, int64_t o, int n, float* panel) {
+  for (int p = 0; p < depth; ++p) {
+    const T* row = static_cast<const T*>(b[p]) + o;
+    for (int v = 0; v < n; v += Vec::width) {
+      const Vec part = n - v < Vec::width ? load_part(row + v, n - v) : Vec::load(row + v);
+      part.store(panel + p * W + v);
     }
   }
-};
+}
 
 // R rows by C vectors in registers. Each part is summed from zero and then added: chains stay short
 // and do not depend on what else is in the panel.
-template <int R, int C>
+template <int R, int C, int W>
 static inline void expand_tile(float* const* y, const float* const* coef, const float* panel,
                                int64_t first, const int32_t* ends, int parts, int64_t o,
                                bool fresh) {
@@ -144,7 +139,7 @@ static inline void expand_tile(float* const* y, const float* const* coef, const 
     Vec acc[R][C];
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < C; ++v) acc[i][v] = Vec::zero();
-    for (; p < ends[part]; ++p, panel += Panel::columns) {
+    for (; p < ends[part]; ++p, panel += W) {
       Vec bv[C];
       for (int v = 0; v < C; ++v) bv[v] = Vec::load(panel + v * Vec::width);
       for (int i = 0; i < R; ++i) {
@@ -160,36 +155,37 @@ static inline void expand_tile(float* const* y, const float* const* coef, const 
 }
 
 // C vectors of columns, all rows.
-template <int C>
+template <int C, int W>
 static void expand_columns(float* const* y, int rows, const float* const* coef,
                            const float* panel, int64_t first, const int32_t* ends, int parts,
                            int64_t o, bool fresh) {
   int i = 0;
   for (; i + kExpandRows <= rows; i += kExpandRows)
-    expand_tile<kExpandRows, C>(y + i, coef + i, panel, first, ends, parts, o, fresh);
-  for (; i < rows; ++i) expand_tile<1, C>(y + i, coef + i, panel, first, ends, parts, o, fresh);
+    expand_tile<kExpandRows, C, W>(y + i, coef + i, panel, first, ends, parts, o, fresh);
+  for (; i < rows; ++i) expand_tile<1, C, W>(y + i, coef + i, panel, first, ends, parts, o, fresh);
 }
 
-template <class T>
+template <int W, class T>
 static void expand_panels(float* const* y, int rows, const float* const* coef,
                           const void* const* b, const int32_t* ends, int parts, int64_t n,
                           bool fresh) {
   constexpr int step = kExpandVecs * Vec::width;
-  Panel panel;
-  for (int64_t o = 0; o < n; o += Panel::columns) {
-    const int width = n - o < Panel::columns ? int(n - o) : Panel::columns;
+  constexpr int most = kPanelSize / W;
+  float panel[kPanelSize];
+  for (int64_t o = 0; o < n; o += W) {
+    const int width = n - o < W ? int(n - o) : W;
     int64_t first = 0;
     for (int part = 0, next; part < parts; part = next) {  // as many parts as a panel holds
-      for (next = part + 1; next < parts && ends[next] - first <= kPanelDepth;) ++next;
+      for (next = part + 1; next < parts && ends[next] - first <= most;) ++next;
       const int depth = int(ends[next - 1] - first);
-      panel.load<T>(b + first, depth, o, width);
+      load_panel<W, T>(b + first, depth, o, width, panel);
       int v = 0;
       for (; v + step <= width; v += step)
-        expand_columns<kExpandVecs>(y, rows, coef, panel.data + v, first, ends + part,
-                                    next - part, o + v, fresh && part == 0);
+        expand_columns<kExpandVecs, W>(y, rows, coef, panel + v, first, ends + part,
+                                       next - part, o + v, fresh && part == 0);
       for (; v < width; v += Vec::width)
-        expand_columns<1>(y, rows, coef, panel.data + v, first, ends + part, next - part, o + v,
-                          fresh && part == 0);
+        expand_columns<1, W>(y, rows, coef, panel + v, first, ends + part, next - part, o + v,
+                             fresh && part == 0);
       first = ends[next - 1];
     }
   }
@@ -226,7 +222,10 @@ template <class T>
 static void expand_typed(float* const* y, int rows, const float* const* coef,
                          const void* const* b, const int32_t* ends, int parts, int64_t n,
                          bool fresh) {
-  if (rows >= kPanelRows) return expand_panels<T>(y, rows, coef, b, ends, parts, n, fresh);
+  constexpr int W = kPanelColumns;
+  if (rows >= kManyRows && parts > 0 && ends[parts - 1] > kPanelSize / W)
+    return expand_panels<W / 2, T>(y, rows, coef, b, ends, parts, n, fresh);
+  if (rows >= kPanelRows) return expand_panels<W, T>(y, rows, coef, b, ends, parts, n, fresh);
   for (int i = 0; i < rows; ++i)
     for (int part = 0, p = 0; part < parts; p = ends[part++])
       expand_part<kPart, T>(y[i], coef[i] + p, b + p, ends[part] - p, n, fresh && part == 0);

@@ -12,6 +12,12 @@ from lora_fused import __version__
 from lora_fused.cli import adapters, demo, info, merge, similarity, subspace
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
+# What errors call an argument, and what it is called here.
+OPTIONS = {
+    "overwrite_ok=True": "--overwrite",
+    "any_base=True": "--any-base",
+    "allow_pickle=True": "--allow-pickle",
+}
 
 
 class OneLineErrors(typer.core.TyperGroup):
@@ -43,7 +49,10 @@ def _describe(error: Exception) -> tuple[str, int]:
         told = error.format_message()  # nothing where typer has shown the help itself
         return _one_line(f"{told} (see lora-fused --help)") if told else "", error.exit_code
     if isinstance(error, EXPECTED):
-        return _one_line(str(error) or type(error).__name__), 1
+        told = str(error) or type(error).__name__
+        for argument, option in OPTIONS.items():
+            told = told.replace(argument, option)
+        return _one_line(told), 1
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"
     return _one_line(f"internal error at {where}: {type(error).__name__}: {error}"), 1

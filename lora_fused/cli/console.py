@@ -28,18 +28,21 @@ class Reporter:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yield a function that advances the bar (or, without a terminal, does nothing)."""
+    def task(self, label: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """Yield a function that advances the bar (or, without a terminal, does nothing).
+
+        Called as advance(steps=1, total=None); ``total`` as soon as it is known.
+        """
         if self.quiet or not self.console.is_terminal:
             self.say(f"{label} ...")
             start = time.perf_counter()
-            yield lambda steps=1: None
+            yield lambda steps=1, total=None: None
             self.say(f"{label}: {time.perf_counter() - start:.1f} s")
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
             bar = progress.add_task(label, total=total)
-            yield lambda steps=1: progress.advance(bar, steps)
+            yield lambda steps=1, total=None: progress.update(bar, advance=steps, total=total)
 
 
 def stdout() -> Console:

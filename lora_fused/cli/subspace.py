@@ -44,6 +44,7 @@ def fit(
     from lora_fused.io import save_subspace
     from lora_fused.methods import fit_subspace
 
+    _check_target(output, overwrite)
     reporter = Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base)
     with reporter.task(f"fitting {len(bank.modules)} modules", len(bank.modules)) as advance:
@@ -68,13 +69,27 @@ def fit(
 
 @app.command()
 def info(folder: Folder, as_json: AsJson = False) -> None:
-    """Show what a subspace holds: options, sizes, adapters."""
+    """Show what a subspace holds: options, sizes, its base, adapters and where they come from."""
     from lora_fused.io import load_subspace
 
     subspace = load_subspace(folder)
-    ranks = {name: _ranks(subspace, name) for name in subspace.names}
-    facts = {"path": folder, **_facts(subspace)}
-    _tell(facts, {"adapter": "rank of its core"}, ranks, as_json, "ranks")
+    facts = {
+        "path": folder,
+        **_facts(subspace),
+        "weighting": subspace.options.weighting,
+        "seed": subspace.options.seed,
+        "base": subspace.base_names,
+        "fingerprint": bool(subspace.base.weights),
+    }
+    sources = {name: subspace.cores.metadata[name].get("path") for name in subspace.names}
+    ranks = {name: _core_ranks(subspace, name) for name in subspace.names}
+    if as_json:
+        print_json({**facts, "ranks": ranks, "sources": sources})
+        return
+    _say_facts({**facts, "base": ", ".join(facts["base"]) or "not named"})
+    columns = {"adapter": "left", "rank of its core": "right", "from": "left"}
+    rows = [[name, ranks[name], sources[name] or ""] for name in subspace.names]
+    stdout().print(table("", columns, rows))
 
 
 @app.command()
@@ -85,6 +100,7 @@ def project(
         str | None, typer.Option("--output", "-o", help="Write a subspace with these cores, too.")
     ] = None,
     overwrite: Overwrite = False,
+    any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -92,8 +108,9 @@ def project(
     """Show how much of other adapters a basis holds; it stays as it is."""
     from lora_fused.io import load_subspace, save_subspace
 
+    _check_target(output, overwrite)
     subspace, reporter = load_subspace(folder), Reporter(quiet)
-    bank = _load(paths, reporter, allow_pickle, any_base=False)
+    bank = _load(paths, reporter, allow_pickle, any_base, subspace)
     adapters, errors = [bank.adapter(name) for name in bank.names], {}
     with reporter.task(f"projecting {len(adapters)} adapters", len(adapters)) as advance:
         for adapter in adapters:
@@ -141,6 +158,7 @@ def add(
         str | None, typer.Option("--output", "-o", help="Default: the subspace is replaced.")
     ] = None,
     overwrite: Overwrite = False,
+    any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -148,8 +166,9 @@ def add(
     """Add adapters and adapt the basis to them; the old ones need not be there."""
     from lora_fused.io import load_subspace, save_subspace
 
+    _check_target(output, overwrite)
     subspace, reporter = load_subspace(folder), Reporter(quiet)
-    bank = _load(paths, reporter, allow_pickle, any_base=False)
+    bank = _load(paths, reporter, allow_pickle, any_base, subspace)
     with reporter.task(f"adding {len(bank)} adapters", 1) as advance:
         subspace.add_many([bank.adapter(name) for name in bank.names])
         advance(1)
@@ -166,6 +185,9 @@ def report(
     paths: Paths,
     html: Annotated[str | None, typer.Option(help="Write one HTML page with plots.")] = None,
     null_draws: Annotated[int, typer.Option(help="Draws of adapters that share nothing.")] = 3,
+    sample: Annotated[
+        int, typer.Option(help="Of more adapters, so many are drawn and left out.")
+    ] = 100,
     seed: Seed = 0,
     any_base: AnyBase = False,
     allow_pickle: AllowPickle = False,
@@ -174,16 +196,20 @@ def report(
 ) -> None:
     """Say whether adapters share a subspace: left out of the fit, and against a null."""
     from lora_fused.io import load_subspace
-    from lora_fused.methods.subspace_report import subspace_report
 
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise FileNotFoundError(f"report: no such folder: {Path(html).absolute().parent}")
+    if html is not None and Path(html).is_dir():
+        raise IsADirectoryError(f"report: {html} is a folder, not a page")
     subspace, reporter = load_subspace(folder), Reporter(quiet)
-    bank = _load(paths, reporter, allow_pickle, any_base)
-    steps = (1 + max(null_draws, 0)) * (len(subspace) + 1)
-    with reporter.task("fitting, each adapter left out in turn", steps) as advance:
-        made = subspace_report(
-            subspace, bank, null_draws=null_draws, seed=seed, progress=lambda *_: advance(1)
+    bank = _load(paths, reporter, allow_pickle, any_base, subspace)
+    with reporter.task("fitting, adapters left out in turn", None) as advance:
+        made = subspace.report(
+            bank,
+            null_draws=null_draws,
+            sample=sample,
+            seed=seed,
+            progress=lambda _, total: advance(1, total),
         )
     if html is not None:
         made.save_html(html)
@@ -226,18 +252,32 @@ def bench(
     _say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
 
 
-def _load(paths: list[str], reporter: Reporter, allow_pickle: bool, any_base: bool) -> AdapterBank:
+def _check_target(output: str | None, overwrite: bool) -> None:
+    """Before anything is read: what could not be written would be lost at the end."""
+    from lora_fused.io.sealed import check_target
+
+    if output is not None:
+        check_target(Path(output).absolute(), overwrite)
+
+
+def _load(
+    paths: list[str], reporter: Reporter, allow_pickle: bool, any_base: bool, subspace=None
+) -> AdapterBank:
     from lora_fused.io import load_adapters
     from lora_fused.io.find import expand
+    from lora_fused.io.subspace import check_same_base
 
     found = expand(paths)
     with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
-        return load_adapters(
+        bank = load_adapters(
             found,
             allow_pickle=allow_pickle,
             any_base=any_base,
             on_progress=lambda *_: advance(1),
         )
+    if subspace is not None and not any_base:
+        check_same_base(subspace, bank)
+    return bank
 
 
 def _facts(subspace) -> dict:
@@ -257,7 +297,7 @@ def _facts(subspace) -> dict:
     }
 
 
-def _ranks(subspace, name: str) -> str:
+def _core_ranks(subspace, name: str) -> str:
     ranks = {part.lora_a.shape[0] for part in subspace.cores.adapter(name).modules.values()}
     return ", ".join(map(str, sorted(ranks)))
 
@@ -267,11 +307,15 @@ def _tell(facts: dict, columns: dict, values: dict, as_json: bool, key: str) -> 
     if as_json:
         print_json({**facts, key: values})
         return
-    for name, fact in facts.items():
-        _say(f"{name.replace('_', ' ')}: {_plain(fact)}")
+    _say_facts(facts)
     ((first, second),) = columns.items()
     cells = [[name, _plain(value)] for name, value in values.items()]
     stdout().print(table("", {first: "left", second: "right"}, cells))
+
+
+def _say_facts(facts: dict) -> None:
+    for name, fact in facts.items():
+        _say(f"{name.replace('_', ' ')}: {_plain(fact)}")
 
 
 def _plain(value: object) -> str:

@@ -34,7 +34,10 @@ def write_sealed(tensors: dict[str, Tensor], header: dict, path: Path) -> None:
 
     known = {"format": FORMAT, "format_version": VERSION, "library_version": __version__}
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{_SAVE}: {path.parent} is not a folder") from error
     try:
         fresh.mkdir()
         _write(tensors, {**known, **header}, fresh)

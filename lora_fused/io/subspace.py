@@ -24,7 +24,7 @@ from lora_fused.io.sealed import (
 )
 from lora_fused.io.tensors import FLOATS
 from lora_fused.methods.basis import Directions, SharedBasis
-from lora_fused.methods.subspace import FitOptions, Subspace
+from lora_fused.methods.subspace import Base, FitOptions, Subspace
 
 _COUNTS = ("total", "count", "augmented")
 _SAMPLES = 64  # weights of the base looked at in each module
@@ -49,6 +49,7 @@ def save_subspace(
             old subspace stays whole until the new one is.
         model: The base, attached or not. Given, some of its weights are kept as its fingerprint,
             and ``load_subspace(directory, model=...)`` tells another base of the same sizes.
+            Default: the fingerprint that the subspace was loaded with, if any.
         overwrite_ok: Replace the subspace in an existing folder; other files there stay.
 
     Returns:
@@ -68,12 +69,14 @@ def save_subspace(
     check_target(path, overwrite_ok)
     _check_cores(subspace)
     tensors = _tensors_of(subspace)
+    base = subspace.base
     if model is not None:
-        tensors |= {f"base/{name}": part for name, part in _samples(_SAVE, subspace.bases, model)}
+        base = Base(_names_of(model), dict(_samples(_SAVE, subspace.bases, model)))
+    tensors |= {f"base/{name}": part for name, part in base.weights.items()}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise invalid(_SAVE, f"tensor {name!r}", "hold finite values", "NaN or infinity")
-    write_sealed(tensors, _header(subspace, model), path)
+    write_sealed(tensors, _header(subspace, base), path)
     return path
 
 
@@ -101,9 +104,9 @@ def load_subspace(
     header, tensors, file = read_sealed(Path(directory))
     subspace = _assemble(tensors, header, file)
     if base is not None:
-        _check_base(header, base, file.with_name(HEADER))
+        _check_base(subspace, base, file.with_name(HEADER))
     if model is not None:
-        _check_model(subspace, tensors, model, file)
+        _check_model(subspace, model, file)
     return subspace
 
 
@@ -136,11 +139,14 @@ def _tensors_of(subspace: Subspace) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone(**whole) for name, tensor in found.items()}
 
 
-def _header(subspace: Subspace, model: nn.Module | None) -> dict:
+def _header(subspace: Subspace, base: Base) -> dict:
     cores = subspace.cores
     names = [cores._names[k] for k in range(cores.count)]
     return {
-        "base": {"names": _base_names(cores, model), "fingerprint": model is not None},
+        "base": {
+            "names": list(base.names) or subspace.base_names,
+            "fingerprint": list(base.weights),
+        },
         "options": dataclasses.asdict(subspace.options),
         "modules": {name: _module_entry(basis) for name, basis in subspace.bases.items()},
         "cores": list(cores.stacks),
@@ -189,13 +195,9 @@ def _adapter_entry(cores: AdapterBank, name: str) -> dict:
     return entry
 
 
-def _base_names(cores: AdapterBank, model: nn.Module | None) -> list[str]:
+def _names_of(model: nn.Module) -> tuple[str, ...]:
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if named:
-        return [named]
-    configs = (cores.metadata[name].get("config") or {} for name in cores)
-    found = dict.fromkeys(config.get("base_model_name_or_path") for config in configs)
-    return [name for name in found if name]
+    return (named,) if named else ()
 
 
 def _assemble(tensors: dict[str, Tensor], header: dict, file: Path) -> Subspace:
@@ -211,9 +213,9 @@ def _assemble(tensors: dict[str, Tensor], header: dict, file: Path) -> Subspace:
             for module in header["cores"]
         }
         bank = _bank(stacks, header["dtype"], header["adapters"], parts)
-        fingerprint = bases if header["base"]["fingerprint"] else ()
-        parts.wanted |= {f"base/{module}" for module in fingerprint}
-        subspace = Subspace(bases, bank, FitOptions(**header["options"]))
+        weights = {m: parts.any(f"base/{m}") for m in header["base"]["fingerprint"]}
+        base = Base(tuple(header["base"]["names"]), weights)
+        subspace = Subspace(bases, bank, FitOptions(**header["options"]), base)
     except (KeyError, TypeError, AttributeError) as error:
         rule = "describe modules, cores, options, base and adapters"
         got = f"{type(error).__name__}: {error}"
@@ -292,8 +294,22 @@ def _last(name: str) -> str:
     return [*parts, *cached][-1].casefold() if parts else ""
 
 
-def _check_base(header: dict, base: str, where: Path) -> None:
-    names = header["base"]["names"]
+def check_same_base(subspace: Subspace, bank: AdapterBank) -> None:
+    """Refuse adapters whose configs name another base than the subspace's.
+
+    Raises:
+        ValueError: naming the first. One that names none fits all.
+    """
+    names = subspace.base_names
+    for adapter in bank:
+        base = (bank.metadata[adapter].get("config") or {}).get("base_model_name_or_path")
+        if names and base and _last(base) not in map(_last, names):
+            rule = f"be {' or '.join(map(repr, names))} as the subspace's (any_base=True allows it)"
+            raise invalid(_LOAD, f"the base of adapter {adapter!r}", rule, repr(base))
+
+
+def _check_base(subspace: Subspace, base: str, where: Path) -> None:
+    names = subspace.base.names
     if names and _last(base) not in map(_last, names):
         got = ", ".join(map(repr, names))
         raise invalid(_LOAD, f"the base in {where}", f"be {base!r}", got)
@@ -317,9 +333,9 @@ def _samples(
         yield name, flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().clone()
 
 
-def _check_model(subspace: Subspace, tensors: dict, model: nn.Module, file: Path) -> None:
+def _check_model(subspace: Subspace, model: nn.Module, file: Path) -> None:
     for name, found in _samples(_LOAD, subspace.bases, model):
-        kept = tensors.get(f"base/{name}")
+        kept = subspace.base.weights.get(name)
         if kept is None:
             continue
         same = kept.shape == found.shape

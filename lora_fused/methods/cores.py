@@ -6,7 +6,7 @@ A diagonal core diag(d) is kept as the pair (d, 1): the diagonal of core_b^T cor
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
 from lora_fused.checks import invalid
 from lora_fused.methods.basis import SharedBasis
 from lora_fused.methods.products import Block, Updates, gram
@@ -50,6 +50,20 @@ def solve_diagonal(moments: Tensor, basis: SharedBasis) -> Tensor:
     """The d ``[K, P]`` of least squares, from diag(basis_b D_k basis_a^T) ``[K, P]``."""
     both = gram(basis.basis_a.double()) * gram(basis.basis_b.double())
     return moments.double() @ torch.linalg.pinv(both, hermitian=True)
+
+
+def diagonals(stack: AdapterStack) -> Tensor:
+    """Diagonal cores ``[K, P]`` without their scale: the sum of core_a * core_b over the ranks.
+
+    Sizes depend on shapes alone, so compiled code can trace it.
+    """
+    lora_a, lora_b = stack.factors()
+    rows = lora_a.float() * lora_b.float()
+    if all(rank == 1 for rank in stack.ranks):
+        return rows
+    at = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    owner = torch.searchsorted(stack.row_start, at, right=True) - 1
+    return rows.new_zeros(len(stack), rows.shape[1]).index_add(0, owner, rows)
 
 
 def pair_of(part: LoraFactors, basis: SharedBasis) -> tuple[LoraFactors, tuple[Tensor, Tensor]]:

@@ -68,7 +68,8 @@ def fit_subspace(
             ``"hooi"``: hosvd, refined by turns until the products' error stops falling: the least
             error. ``"jd_diag"``: directions (not orthogonal) in which every core is diagonal: P
             numbers per adapter and module in place of 2 P r.
-        keep_mean: "eigenlorax": the mean is one more basis vector, the first: P + 1 in all.
+        keep_mean: "eigenlorax": the mean is one more basis vector, the first: P + 1 in all. The
+            others are the principal directions of what it does not hold.
         center: "eigenlorax": subtract the mean first, as the paper does. False: principal
             directions of the factors as they are, which hold their mean without an extra vector.
             (The others look at the updates, not centred: nothing is subtracted.)

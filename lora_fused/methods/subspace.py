@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
 from lora_fused.checks import invalid, shape
 from lora_fused.methods.basis import SharedBasis, extended_basis
-from lora_fused.methods.cores import core_of, pair_of, resized
+from lora_fused.methods.cores import core_of, diagonals, pair_of, resized
 from lora_fused.methods.subspace_errors import SubspaceErrors, reconstruction_errors
 
 
@@ -33,6 +33,19 @@ class FitOptions:
     seed: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What a subspace knows of the model that it is for; lora_fused.io compares it.
+
+    Attributes:
+        names: of the model; none: those in the adapters' configs count alone.
+        weights: module name -> some of its weights, a fingerprint.
+    """
+
+    names: tuple[str, ...] = ()
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
 class Subspace:
     """The shared bases of a model's layers and the cores of all adapters in them.
 
@@ -41,12 +54,20 @@ class Subspace:
         cores: the AdapterBank of the cores: per module lora_a ``[T, P]``, lora_b ``[T, P]``.
             Mixtures resolve against it; ``cores.trainable(names)`` trains coefficients.
         options: how it was fitted.
+        base: what a file said of the model.
 
     With ``options.method == "jd_diag"`` a core is the diagonal of its pair, see ``diagonals``.
     """
 
-    def __init__(self, bases: dict[str, SharedBasis], cores: AdapterBank, options: FitOptions):
+    def __init__(
+        self,
+        bases: dict[str, SharedBasis],
+        cores: AdapterBank,
+        options: FitOptions,
+        base: Base | None = None,
+    ):
         self.bases, self.cores, self.options = bases, cores, options
+        self.base = Base() if base is None else base
 
     @property
     def names(self) -> list[str]:
@@ -55,6 +76,13 @@ class Subspace:
     @property
     def modules(self) -> tuple[str, ...]:
         return tuple(self.bases)
+
+    @property
+    def base_names(self) -> list[str]:
+        """What the adapters' configs call the model, and what it calls itself; may be empty."""
+        configs = (self.cores.metadata[name].get("config") or {} for name in self.cores)
+        found = [config.get("base_model_name_or_path") for config in configs]
+        return [name for name in dict.fromkeys([*found, *self.base.names]) if name]
 
     @property
     def diagonal(self) -> bool:
@@ -85,11 +113,7 @@ class Subspace:
             rule = "be 'jd_diag' for diagonal cores"
             raise invalid("Subspace.diagonals", "method", rule, repr(self.options.method))
         stack = self.cores.stacks[module]
-        lora_a, lora_b = stack.factors()
-        ranks = torch.tensor(stack.ranks, device=lora_a.device)
-        owner = torch.arange(len(stack), device=lora_a.device).repeat_interleave(ranks)
-        rows = lora_a.float() * lora_b.float() * stack.scale[owner, None]
-        return rows.new_zeros(len(stack), rows.shape[1]).index_add(0, owner, rows)
+        return diagonals(stack) * stack.scale[:, None]
 
     @torch.no_grad()
     def project(self, adapter: Adapter) -> Adapter:
@@ -187,7 +211,7 @@ class Subspace:
             ids = self.cores.add_many(
                 [_core(adapter, bases, self.diagonal) for adapter in adapters]
             )
-        except ValueError:
+        except BaseException:  # also of an interrupt: turned cores fit no old basis
             for module, state in held.items():
                 self.cores.stacks[module]._commit(*state)
             raise
@@ -223,7 +247,7 @@ class Subspace:
                 sides = stack.lora_a[:, rows_a], stack.lora_b[:, rows_b]
                 stack._commit(*sides, stack.scale, stack.ranks, 0)
         options = dataclasses.replace(self.options, rank=rank, energy=None)
-        return Subspace(bases, cores, options)
+        return Subspace(bases, cores, options, self.base)
 
     def new_task(
         self,
@@ -259,6 +283,7 @@ class Subspace:
             core = dataclasses.replace(self.project(start), name=name)
         else:
             core = self._fresh(name, rank, alpha, modules, start, std, seed)
+        AdapterBank().add(core)  # what it refuses must not end the training of another task either
         self.cores.freeze()
         self.cores.add(core)
         return self.cores.trainable([name])
@@ -296,7 +321,7 @@ class Subspace:
             found = min(rank, len(basis.a), len(basis.b))
             factors = basis.basis_a[:found].clone(), basis.basis_b[:found] * strength
             parts[module] = LoraFactors(*factors, alpha / found, basis.embedding)
-        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
 
     def _fresh(self, name, rank, alpha, modules, start, std, seed) -> Adapter:
         if start not in ("zero", "random"):
@@ -318,7 +343,24 @@ class Subspace:
             lora_a *= len(basis.a) ** -0.5 if start == "zero" else std
             lora_b = torch.zeros_like(lora_b) if start == "zero" else lora_b
             parts[module] = LoraFactors(lora_a, lora_b, alpha / rank)
-        return Adapter(name, parts, metadata={"config": _config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
+
+    def _config(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
+        """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ."""
+        return {
+            "base_model_name_or_path": next(iter(self.base_names), None),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "peft_type": "LORA",
+            "r": rank,
+            "target_modules": sorted(parts),
+            "task_type": None,
+            "use_rslora": False,
+        }
 
     def _check_frozen(self, op: str) -> None:
         if any(stack.trained for stack in self.cores.stacks.values()):
@@ -358,20 +400,3 @@ def _turn(stack: AdapterStack, old: SharedBasis, new: SharedBasis) -> None:
     lora_a = stack.lora_a @ (old.basis_a @ new.basis_a.mT).to(stack.lora_a)
     lora_b = stack.lora_b @ (old.basis_b @ new.basis_b.mT).to(stack.lora_b)
     stack._commit(lora_a, lora_b, stack.scale, stack.ranks, 0)
-
-
-def _config(parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
-    """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ from it."""
-    return {
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(parts),
-        "task_type": None,
-        "use_rslora": False,
-    }

@@ -8,6 +8,7 @@ from lora_fused.backends import choose
 from lora_fused.mixture import Route
 from lora_fused.ops.mixture_lora import contract
 from lora_fused.ops.mixture_lora import plan as plans
+from lora_fused.ops.subspace_lora import plan as of_cores
 
 
 def takes_plan(x: Tensor, impl: str) -> bool:
@@ -49,14 +50,13 @@ class Plans:
         """The plan of module ``name`` for its input x; None where the kernel needs none.
 
         ``route`` lies on x's device, ``origin`` is what it was moved from. ``in_basis``: the call
-        is subspace_lora's, which has no kernel without a plan.
+        is subspace_lora's, with pairs for cores.
         """
         if name in self._served:
             self._served.clear()
             self._made.clear()
         self._served.add(name)
-        one_launch = not in_basis and not torch.is_grad_enabled()
-        if one_launch and _is_one_launch(x, route, stack):
+        if not torch.is_grad_enabled() and _is_one_launch(x, route, stack, in_basis):
             return None
         key = (x.shape[:-1].numel(), *_place(x), *_stamp(origin))
         if key not in self._made:
@@ -64,11 +64,14 @@ class Plans:
         return self._made[key][0]
 
 
-def _is_one_launch(x: Tensor, route: Route, stack: AdapterStack) -> bool:
+def _is_one_launch(x: Tensor, route: Route, stack: AdapterStack, in_basis: bool) -> bool:
     # The buffers: factors() would join those in training, for their sizes alone.
     rank = plans.scratch_rank(stack.lora_a, stack.row_start, stack.max_rank)
-    x_ni = x.reshape(-1, x.shape[-1])
-    return plans.is_one_launch(x_ni, [stack.lora_b], route.adapter_ids.shape[1], rank)
+    x_ni, per_row = x.reshape(-1, x.shape[-1]), route.adapter_ids.shape[1]
+    if in_basis:
+        sides = (stack.lora_a, stack.lora_b)
+        return of_cores.is_one_launch(x_ni.shape[0], per_row, rank, *sides)
+    return plans.is_one_launch(x_ni, [stack.lora_b], per_row, rank)
 
 
 def _make(x: Tensor, route: Route, count: int) -> plans.MixturePlan:

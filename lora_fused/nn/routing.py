@@ -122,14 +122,15 @@ class Routing:
 
     def plan(self, name: str, x: Tensor, route: Route, stack: AdapterStack) -> MixturePlan | None:
         """The plan of one module's call under ``current``'s route; None: the op wants none."""
-        if not takes_plan(x, self.options.impl):
+        in_basis = self.subspace is not None
+        if not takes_plan(x, self.options.impl) or (in_basis and self.subspace.diagonal):
             return None
         active, origin = self.active, route
         if active.router is None:
             origin = active.route
         elif route.adapter_ids.is_inference():  # a router may reuse them, and no edit would show
             return None
-        return self._plans.of(name, x, route, origin, stack, self.subspace is not None)
+        return self._plans.of(name, x, route, origin, stack, in_basis)
 
     def diagonal(self, name: str) -> Tensor | None:
         """A module's diagonal cores; None where the cores are pairs."""

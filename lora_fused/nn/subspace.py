@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_fused.adapters import AdapterStack
 from lora_fused.methods.basis import SharedBasis
+from lora_fused.methods.cores import diagonals
 from lora_fused.mixture import Route
 from lora_fused.ops import PairCores, subspace_lora
 from lora_fused.ops.mixture_lora.plan import MixturePlan
@@ -76,17 +77,3 @@ class Diagonals:
 def _is_counted(sides: tuple[Tensor, ...]) -> bool:
     """Whether edits in place raise a version, and no stream or graph may look at another time."""
     return all(t.device.type == "cpu" and not t.is_inference() for t in sides)
-
-
-def diagonals(stack: AdapterStack) -> Tensor:
-    """Diagonal cores ``[K, P]`` without their scale: the sum of core_a * core_b over the ranks.
-
-    Sizes depend on shapes alone, so compiled code can trace it.
-    """
-    lora_a, lora_b = stack.factors()
-    rows = lora_a.float() * lora_b.float()
-    if all(rank == 1 for rank in stack.ranks):
-        return rows
-    at = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    owner = torch.searchsorted(stack.row_start, at, right=True) - 1
-    return rows.new_zeros(len(stack), rows.shape[1]).index_add(0, owner, rows)

@@ -13,8 +13,9 @@ from support.models import SIZES, Net, adapter, tokens
 from lora_fused import Adapter, AdapterBank, LoraFactors, attach
 from lora_fused.io import load_subspace, save_adapters, save_subspace, sealed
 from lora_fused.io.load import load_adapters
+from lora_fused.io.subspace import check_same_base
 from lora_fused.methods.eigenlorax import METHODS, fit_subspace
-from lora_fused.methods.subspace import Subspace
+from lora_fused.methods.subspace import Base, Subspace
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 ALL = ("embed", "up", "down")
@@ -102,6 +103,9 @@ def test_a_loaded_subspace_serves_projects_and_writes_adapters(tmp_path):
             outs.append(model(tokens()))
         bank = AdapterBank()
         bank.add_many([one.reconstruct(name) for name in ("b", "d")])
+        one.new_task("mine")
+        config = one.reconstruct("mine").metadata["config"]
+        assert config["base_model_name_or_path"] == "hub/tiny" and config["r"] == 8
         (folder, _) = save_adapters(bank, tmp_path / f"peft{len(outs)}")
         outs.append(load_adapters(folder).stacks["up"].lora_b)
     assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
@@ -113,7 +117,7 @@ def test_the_header_tells_where_every_adapter_comes_from(tmp_path):
     assert (a["name"], a["path"], a["rank"], a["alpha"]) == ("a", "some/a", 2, 3)
     assert a["dtypes"] == ["bfloat16"] and a["base"] == "hub/tiny" and a["scales"] == [2.5]
     assert d["core_ranks"] == [1] and b["saved"] == ["head.weight", "head.steps"]
-    assert header["base"] == {"names": ["hub/tiny"], "fingerprint": False}
+    assert header["base"] == {"names": ["hub/tiny"], "fingerprint": []}
     assert header["format_version"] == 1 and header["library_version"].count(".") == 2
 
 
@@ -271,6 +275,12 @@ def test_another_base_is_refused(tmp_path):
     folder = save_subspace(subspace, tmp_path / "marked", model=model)
     assert_equal(subspace, load_subspace(folder, model=model))
     load_subspace(folder, model=Net().bfloat16())  # the same, rounded
+    grown = load_subspace(folder)
+    grown.add(adapter("late", 8, 2, ("up",)))
+    again = save_subspace(grown.truncated(2), tmp_path / "again")
+    load_subspace(again, model=model)
+    with pytest.raises(ValueError, match=r"tensor 'base/\w+' in .* agree with the model's"):
+        load_subspace(again, model=Net(1))
     attach(model, load_subspace(folder))
     load_subspace(folder, model=model)
     changed = Net()
@@ -287,6 +297,25 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model must have a module 'up'"):
         save_subspace(subspace, tmp_path / "none", model=wide)
     assert not (tmp_path / "none").exists() and SIZES["up"] == (8, 12)
+
+
+def test_adapters_of_another_base_are_told():
+    subspace, bank = make(), AdapterBank()
+    subspace.base = Base(("folder/of/the/model",))  # another name of the same
+    bank.add_many([adapter("x", 1, 1, ("up",)), adapter("y", 2, 1, ("up",))])
+    check_same_base(subspace, bank)  # they name none
+    bank.metadata["x"] = {"config": {"base_model_name_or_path": "local/Tiny"}}
+    check_same_base(subspace, bank)
+    bank.metadata["y"] = {"config": {"base_model_name_or_path": "hub/large"}}
+    with pytest.raises(ValueError, match=r"base of adapter 'y' must be 'hub/tiny' .*'hub/large'"):
+        check_same_base(subspace, bank)
+
+
+def test_a_folder_in_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "sub", tmp_path / "file" / "deep" / "sub"):
+        with pytest.raises(NotADirectoryError, match=r"save_subspace: .* is not a folder"):
+            save_subspace(make(), path)
 
 
 def test_what_no_file_can_hold_is_refused(tmp_path):

@@ -15,21 +15,20 @@ SHRINK, EXPAND, DECODE, OUTER, SUM_RUNS = (
 # What each way of the op launches, and the kernels that it must come to (mixture_lora's by name).
 CASES = {
     "decode": ({"rows": 8}, ["project", "lift"]),
-    "few_rows": ({"rows": 64}, ["project", "lift"]),
     "rows_256": ({}, ["project", "lift"]),
+    "rows_512": ({"rows": 512}, ["project", "lift"]),
     "rows_1024": ({"rows": 1024}, ["project", "lift"]),
     "rows_4096": ({"rows": 4096}, ["project", "lift"]),
     "wide": ({"rows": 64, "width": 14336}, ["project", "sum", "lift"]),
-    "wide_256": ({"width": 14336}, ["project", "sum", "lift"]),
     "pairs": ({"form": "pairs"}, ["project", DECODE, "lift"]),
     "pairs_in_two": ({"form": "pairs", "rows": 2048}, ["project", SHRINK, EXPAND, "lift"]),
     "full": ({"form": "full"}, ["project", EXPAND, "lift"]),
     "float32_few": ({"rows": 8, "dtype": "float32"}, ["project", "lift"]),
     "float32": ({"dtype": "float32"}, ["project", "lift"]),
+    "float32_512": ({"rows": 512, "dtype": "float32"}, ["project", "lift"]),
     "float32_1024": ({"rows": 1024, "dtype": "float32"}, ["project", "lift"]),
     "float32_4096": ({"rows": 4096, "dtype": "float32"}, ["project", "lift"]),
     "float16": ({"dtype": "float16"}, ["project", "lift"]),
-    "float16_4096": ({"rows": 4096, "dtype": "float16"}, ["project", "lift"]),
     "backward": ({"backward": True}, ["project", "diagonal", SUM_RUNS, "lift"]),
     "backward_pairs": (
         {"backward": True, "form": "pairs"},
@@ -61,7 +60,7 @@ def launch(
     weights, scale = torch.empty(ids.shape), torch.empty(adapters)
     x, basis = torch.empty(rows, width, dtype=kind), torch.empty(directions, width, dtype=kind)
     args = (basis, basis, *cores, ids, weights, scale, None)
-    max_rank = {"pairs": rank, "full": directions, "diagonal": 0}[form]
+    max_rank = rank if form == "pairs" else 0
     if backward:
         z = torch.empty(rows, directions)
         triton_impl.backward(x, z, *args, kind, 0b11111, [], max_rank)

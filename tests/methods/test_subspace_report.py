@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, load_adapters
-from lora_fused.methods import eigenlorax
+from lora_fused.methods import SubspaceReport, Verdict, eigenlorax
 from lora_fused.methods.controls import regauged, unrelated
 from lora_fused.methods.eigenlorax import fit_subspace
 from lora_fused.methods.products import norms
@@ -183,6 +183,7 @@ def test_a_sample_of_many_is_left_out(monkeypatch):
     assert found["left_out"] == list(left) and found["left_out_at_once"] == 10
     assert [a["adapter"] for a in found["adapters"] if a["held_out"] is not None] == list(left)
     assert report.verdict.label == "shared" and len(json.dumps(found)) < 2**20
+    assert isinstance(report, SubspaceReport) and isinstance(report.verdict, Verdict)
 
 
 def test_few_adapters_are_all_left_out_one_by_one():
@@ -290,7 +291,9 @@ def test_the_tree_puts_like_beside_like(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "scipy.cluster.hierarchy", None)
         order, tree, reason = dendrogram(cosines)
-        assert order == list(range(6)) and tree == [] and "scipy is not installed" in reason
+        assert (
+            order == list(range(6)) and tree == [] and "pip install 'lora-fused[report]'" in reason
+        )
     pytest.importorskip("scipy", reason="scipy is not installed")
     order, tree, reason = dendrogram(cosines)
     assert {frozenset(order[i : i + 2]) for i in (0, 2, 4)} == {

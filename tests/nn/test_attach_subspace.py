@@ -11,7 +11,6 @@ from torch import Tensor
 from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture, attach, handle_of
 from lora_fused.methods.eigenlorax import METHODS, fit_subspace
 from lora_fused.methods.subspace import Subspace
-from lora_fused.mixture import Route
 from lora_fused.nn import subspace as nn_subspace
 from lora_fused.nn.plans import Plans
 from lora_fused.testing import assert_within_budget, error
@@ -318,14 +317,28 @@ def test_one_graph_serves_idle_and_every_mixture(method):
     torch._dynamo.reset()
 
 
-def test_plans_are_made_even_where_mixture_lora_needs_none():
+@pytest.mark.parametrize("in_basis", [False, True])
+def test_no_plan_is_made_where_one_launch_needs_none(in_basis, monkeypatch):
     subspace = make()
     route, stack = Mixture.of({"a": 1.0}).resolve(subspace.cores), subspace.cores.stacks["up"]
-    assert isinstance(route, Route)
+    args = ("up", torch.ones(3, 8), route, route, stack, in_basis)
+    assert Plans().of(*args) is not None  # a backward pass groups by adapter
     with torch.no_grad():
-        args = ("up", torch.ones(3, 8), route, route, stack)
         assert Plans().of(*args) is None
-        assert Plans().of(*args, True) is not None
+        monkeypatch.setattr("lora_fused.backends.BATCH_INVARIANT", True)
+        assert Plans().of(*args) is not None
+
+
+@pytest.mark.parametrize("method", ["hosvd", "jd_diag"])
+def test_diagonal_cores_need_no_plan(method, monkeypatch):
+    model = Net()
+    handle = attach(model, make(method))
+    route = Mixture.of({"a": 1.0}).resolve(handle.bank)
+    monkeypatch.setattr("lora_fused.nn.routing.takes_plan", lambda x, impl: True)
+    with handle.mix("a"):
+        x, stack = torch.ones(3, 8, requires_grad=True), handle.bank.stacks["up"]
+        plan = model.up.lora_site.routing.plan("up", x, route, stack)
+    assert (plan is None) == (method == "jd_diag")
 
 
 def test_what_does_not_fit_is_refused_and_nothing_changes():

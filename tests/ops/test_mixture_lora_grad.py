@@ -72,6 +72,16 @@ def test_within_budget_at_awkward_sizes(shape, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [12, 65])
+def test_one_adapter_for_all_rows(rows, impl):
+    """Its pairs have one factor, which torch repeats by a stride of zero."""
+    require(impl)
+    p = with_base(problem(rows, 1, (8, 3), 17, 9, mixtures=1))
+    p["adapter_ids"][:], p["weights"][:] = 1, 0.7
+    check(p, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_negative_control(impl):
     """The budget sees two adapter ids swapped in a single row, in every gradient but base's."""
     require(impl)

@@ -143,6 +143,22 @@ def test_a_mixture_out_of_range_is_none(name, monkeypatch):
     assert torch.equal(y[known], run(p, "triton")[known])
 
 
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "by_mixture"])
+def test_a_mixture_out_of_range_has_no_gradient(name, monkeypatch):
+    from lora_fused.ops.mixture_lora import contract
+
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    mixtures = p["adapter_ids"].shape[0]
+    p["adapter_ids"][0], p["adapter_ids"][1] = -1, 1
+    at = torch.arange(p["x"].shape[0]).int() % (mixtures + 1) - 1
+    actual = gradients(p | {"row_mixture": at}, "triton")
+    expected = gradients(p | {"row_mixture": at.clamp_min(0)}, "triton")
+    assert not actual["x"][at < 0].any() and actual["weights"].any()
+    for leaf, grad in actual.items():
+        assert torch.equal(grad, expected[leaf]), leaf
+
+
 def test_a_plan_of_the_other_kind_is_refused():
     p = problem(16, 1, RANKS, 32, 32)
     plan = plans.make_plan(p["adapter_ids"][:1], None, 16)

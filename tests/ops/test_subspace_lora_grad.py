@@ -87,6 +87,20 @@ def test_within_budget_at_awkward_sizes(form, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [12, 65])
+def test_one_adapter_for_all_rows(rows, form, impl):
+    """Its pairs have one factor, which torch repeats by a stride of zero."""
+    require(impl)
+    problems = []
+    for seed in range(8):
+        p = problem(rows, 1, (8, 3), 6, 5, 17, 9, form=form, mixtures=1, seed=seed)
+        p["adapter_ids"][:], p["weights"][:] = 1, 0.7
+        problems.append(with_base(p))
+    check(impl, *problems)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
 def test_negative_control(form, impl):
     """The budget sees two adapter ids swapped in a single row, in every gradient but base's."""
     require(impl)

@@ -1,4 +1,4 @@
-"""What compiled kernels may cost, by case, kernel and target: a committed CSV file, and the test."""
+"""What compiled kernels may cost, by case, kernel and target: a committed file, and the test."""
 
 import csv
 from collections.abc import Callable, Mapping

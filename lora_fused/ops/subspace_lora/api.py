@@ -39,12 +39,13 @@ def subspace_lora(
         scale: Of each adapter, ``[K]``, read as float32. Default: ones (folded into the cores).
         row_mixture: ``[S]`` int32, S divides N: consecutive N // S rows use mixture
             ``row_mixture[s]``. Default: arange(M), so M divides N.
-        plan: ``make_plan(adapter_ids, row_mixture, N)``, for Triton alone. Default: made inside.
+        plan: ``make_plan(adapter_ids, row_mixture, N)``, for Triton alone. Default: made inside,
+            where pairs or full cores need one; a batch of few pairs and diagonal cores need none.
         max_rank: Largest rank of pairs, where the caller knows it on the host; spares Triton and
             the reference a read of ``row_start``. Native ignores it.
         base: The frozen layer's output, ``[..., O]``; never written. Default: the update alone.
-        impl: ``"reference"``, ``"native"``, ``"triton"`` (not there yet) or ``"auto"``, as in
-            mixture_lora. A named implementation never falls back.
+        impl: ``"reference"``, ``"native"``, ``"triton"`` or ``"auto"``, as in mixture_lora. A named
+            implementation never falls back.
 
     Returns:
         ``[..., O]`` in ``base.dtype``, or in ``x.dtype`` without base.
@@ -56,15 +57,16 @@ def subspace_lora(
 
     Numerics:
         As mixture_lora: float32 throughout (float64 if x is), base + update rounded once; native
-        rows are bitwise the same alone, in any batch and at any thread count; a weight of 0 keeps
-        its gradient; NaN reaches the rows that use it, no others. Differentiable once in x, cores,
-        weights, scale and base. Backward keeps the P coordinates of x, not x.
+        rows are bitwise the same alone, in any batch and at any thread count, Triton's with
+        ``LORA_FUSED_BATCH_INVARIANT=1``; a weight of 0 keeps its gradient; NaN reaches the rows
+        that use it, no others. Differentiable once in x, cores, weights, scale and base. Backward
+        keeps the P coordinates of x, not x.
 
     Cost:
         P * (I + O) multiply-adds per row and one read of the bases, whatever the number of
         adapters; between them, in P coordinates, J cores per row. The reference forms the core of
-        a mixture that more than J rows share; native does not, for a row's bits may not depend on
-        how many there are.
+        a mixture that more than J rows share; native and Triton do not, for a row's bits may not
+        depend on how many there are.
 
     Source:
         Shared bases: EigenLoRAx, arXiv:2502.04700; joint diagonalisation: Compress then Serve,

@@ -47,9 +47,7 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
     row_start = args[4]
     bound = rank_bound(row_start, max_rank, OP)
     if name == "triton":
-        if row_start is None:  # a full core has as many rows as z has columns
-            bound = basis_a.shape[0]
-        bound = scratch_rank(core_a, row_start, bound, OP) if row_start is not None else bound
+        bound = 0 if row_start is None else scratch_rank(core_a, row_start, bound, OP)
         plan = plans.made_for(plan, flat, bound, wants_grad(*flat))
         return autograd.forward(*flat, impl=name, max_rank=bound, plan=plan).reshape(out_shape)
     device = x.device.type

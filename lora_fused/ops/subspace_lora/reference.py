@@ -57,7 +57,7 @@ def mix(
         # Enough rows share a mixture: its core is formed once. (Ranks side by side cost less.)
         parts = (cores.gather(ids_sj[:, j], live_sj[:, j], compute) for j in range(n_j))
         flat = (part.flatten(1) * factor_sj[:, j, None] for j, (part,) in enumerate(parts))
-        core = sum(flat).reshape(-1, *cores.core_a.shape[1:])
+        core = sum(flat).reshape(len(ids_sj), *cores.core_a.shape[1:])
         return apply(z_snp, core)
     for j in range(n_j):
         core = cores.gather(ids_sj[:, j], live_sj[:, j], compute)

@@ -134,7 +134,7 @@ def _mixture_lora_expand_shared_kernel(
     if begin < N:
         key = tl.load(key_ptr + begin)
         offset = begin + tl.arange(0, BLOCK_N)  # [N]
-        mine = tl.load(key_ptr + offset, mask=offset < N, other=-1) == key
+        mine = tl.load(key_ptr + offset, mask=offset < N, other=-2) == key  # as in shrink
         row = tl.load(order_ptr + offset, mask=mine, other=0).to(tl.int64)
         m = key.to(tl.int64)
         g, span = _column_tile(tl.program_id(1), O, SPAN)

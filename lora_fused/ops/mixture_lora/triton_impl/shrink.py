@@ -27,7 +27,8 @@ def _mixture_lora_shrink_kernel(
         g = tl.program_id(1) // CHUNKS
         key = tl.load(key_ptr + begin)
         offset = begin + tl.arange(0, BLOCK_U)  # [U]
-        mine = tl.load(key_ptr + offset, mask=offset < units, other=-1) == key
+        # Past the end no key: -1 is one, that of rows with a mixture out of range.
+        mine = tl.load(key_ptr + offset, mask=offset < units, other=-2) == key
         unit = tl.load(order_ptr + offset, mask=mine, other=0).to(tl.int64)
         c = tl.program_id(1) % CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
         if SHARED:

@@ -50,7 +50,7 @@ def backward(
             q, z, core_a, core_b, row_start, None, *route, needs, plan, max_rank
         )
     else:
-        grad_z, *grads = _full_gradients(q, z, core_a, *route, needs, plan, max_rank)
+        grad_z, *grads = _full_gradients(q, z, core_a, *route, needs, plan)
     grad_x = grad.new_empty(0, dtype=x_dtype)
     if needs & 1:
         grad_x = grad.new_empty(grad.shape[0], basis_a.shape[1], dtype=x_dtype)
@@ -62,7 +62,8 @@ def _call(
     x, core_a, core_b, row_start, adapter_ids, weights, scale, row_mixture, plan, max_rank
 ) -> Call:
     row_start, scale = ([] if t is None else [t] for t in (row_start, scale))
-    # Without pairs the cores of an adapter count as its rows; diagonal ones have none.
+    if core_b is None:  # as pairs with the unit matrix, of rank P
+        max_rank = core_a.shape[-1]
     return of_mixture.call_of(
         x, [core_a], row_start, [], adapter_ids, weights, scale, row_mixture, plan, max_rank
     )
@@ -94,14 +95,14 @@ def _diagonal_gradients(call: Call, z: Tensor, q: Tensor, core: Tensor, needs: i
 
 
 def _full_gradients(
-    q, z, core, adapter_ids, weights, scale, row_mixture, needs: int, plan, max_rank: int
+    q, z, core, adapter_ids, weights, scale, row_mixture, needs: int, plan
 ) -> tuple[Tensor, ...]:
     """Those of z, core_a, core_b (never), weights and scale: of pairs with the unit matrix."""
     unit = torch.eye(z.shape[1], dtype=core.dtype, device=core.device)
     wanted = needs & 0b11001 | (needs >> 1 & 1) << 2
     grad_z, none, grad_core, grad_weights, grad_scale = of_mixture.backward(
         q, z, unit.expand(core.shape[0], -1, -1), core.mT, None, None, adapter_ids, weights, scale,
-        row_mixture, wanted, plan, max_rank,
+        row_mixture, wanted, plan, z.shape[1],
     )  # fmt: skip
     if needs & 0b10:
         grad_core = grad_core.mT.contiguous()

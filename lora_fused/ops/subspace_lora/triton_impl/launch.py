@@ -33,15 +33,17 @@ class Tile(NamedTuple):
 # the time (100 GB/s each); then large ones, which read x and the basis from L2 less often.
 PROJECT = {
     64: Tile(16, 16, 128, 4),
-    511: Tile(16, 32, 128, 4),
+    383: Tile(16, 32, 128, 4),
+    767: Tile(32, 32, 64, 4),
     2047: Tile(32, 64, 64, 4),
     2**62: Tile(128, 64, 64, 8),
 }
-LIFT = {64: Tile(32, 64, 32, 4), 1023: Tile(64, 128, 32, 8), 2**62: Tile(128, 128, 32, 8)}
+LIFT = {64: Tile(32, 64, 32, 4), 383: Tile(64, 128, 32, 8), 2**62: Tile(128, 128, 32, 8)}
 SUM = Tile(16, 16, 0, 4)
 INVARIANT = 2047  # rows whose tiles LORA_FUSED_BATCH_INVARIANT pins for every N
-# A row of x up to so wide is summed by one program; slices of a wider one cost a launch more.
-WHOLE, SLICE, SLICES = 4096, 2048, 8
+# Few rows of so many columns or more are cut into slices, which cost a launch that adds them: one
+# program would read for longer than that takes. More rows are enough programs without.
+FEW, WIDE, SLICE, SLICES = 64, 8192, 2048, 8
 
 
 def tile_of(table: dict[int, Tile], rows: int, full: bool) -> Tile:
@@ -53,9 +55,9 @@ def tile_of(table: dict[int, Tile], rows: int, full: bool) -> Tile:
     return Tile(min(tile.rows, 64), min(tile.columns, 64), min(tile.step, 32), tile.warps)
 
 
-def slice_of(columns: int) -> int:
+def slice_of(rows: int, columns: int) -> int:
     """Columns of one project program."""
-    if columns <= WHOLE:
+    if rows > FEW or columns < WIDE or backends.BATCH_INVARIANT:
         return max(columns, 1)
     return max(SLICE, triton.cdiv(columns, SLICES * SLICE) * SLICE)
 
@@ -78,7 +80,7 @@ def project(call: Call, x: Tensor, side: Tensor, diagonal: Tensor | None) -> tup
     if z.numel() == 0:
         return z, t
     tile = tile_of(PROJECT, call.rows, max(x.itemsize, side.itemsize) == 4)
-    width = slice_of(columns)
+    width = slice_of(call.rows, columns)
     slices = max(1, triton.cdiv(columns, width))
     parts = z if slices == 1 else z.new_empty(slices, *z.shape)
     grid = (triton.cdiv(directions, tile.columns), triton.cdiv(call.rows, tile.rows))

@@ -9,28 +9,25 @@ run does what is missing. docs/eigenlorax.md says what came out.
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from eigenlorax_reconstruction import PUBLIC, SIZES, families, reconstructed, reported, ways
 from eigenlorax_tables import REPORTED, show, summary
 from eigenlorax_training import Experiment, Settings, parse
+from resumable import OutOfTime, Results, best_rate, conditions
 
 from lora_fused.cli.console import Reporter, print_json
 from lora_fused.cli.demo_tasks import model_path
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = (
     "probe",
     "lora",
@@ -75,55 +72,6 @@ COLUMNS = [
 KEY = ("phase", "task", "seed", "method", "rate")
 
 
-class OutOfTime(Exception):
-    """The budget is spent; what is done is in the CSV."""
-
-
-class Results:
-    """The rows of one recipe in a CSV, which may hold others; a row is written whole."""
-
-    def __init__(self, path: Path, recipe: str, conditions: dict, deadline: float):
-        self.path, self.recipe, self.conditions = path, recipe, conditions
-        self.deadline, self.rows = deadline, {}
-        if path.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a run was killed while it wrote
-            self.path.write_text(whole, encoding="utf-8")
-        for row in csv.DictReader(whole.splitlines()):
-            if list(row) != COLUMNS:
-                raise ValueError(f"{self.path}: columns must be {COLUMNS}, got {list(row)}")
-            if row["recipe"] == self.recipe:
-                self.rows[tuple(row[k] for k in KEY)] = row
-
-    def cell(self, make, **key) -> dict:
-        """The row of a cell, computed by ``make()`` unless it is there already."""
-        full = {name: str(key.get(name, "")) for name in KEY}
-        at = tuple(full.values())
-        if at not in self.rows:
-            if time.monotonic() >= self.deadline:
-                raise OutOfTime
-            now = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")}
-            found = {"recipe": self.recipe, **full, **make(), **self.conditions, **now}
-            row = {c: "" if found.get(c) is None else str(found[c]) for c in COLUMNS}
-            self._append(row)
-            self.rows[at] = row
-        return self.rows[at]
-
-    def _append(self, row: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.is_file() or not self.path.stat().st_size
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-
-
 def family(method: str) -> str:
     """The methods that share a learning rate."""
     return method if method in FIRST_RATE else "coefficients"
@@ -131,22 +79,14 @@ def family(method: str) -> str:
 
 def chosen_rate(experiment: Experiment, results: Results, of: str, head_rate: float | None):
     """The learning rate of a family by the rule above."""
-    low = high = FIRST_RATE[of]
-    high += 2
-    while True:
-        scores = {}
-        for i in range(low, high + 1):
-            scores[i] = statistics.fmean(
-                float(_ladder(experiment, results, task, of, RATES[i], head_rate)["accuracy"])
-                for task in experiment.development
-            )
-        best = max(scores, key=lambda i: (scores[i], -i))
-        if best == low > 0:
-            low -= 1
-        elif best == high < len(RATES) - 1:
-            high += 1
-        else:
-            return RATES[best]
+
+    def score(rate: float) -> float:
+        return statistics.fmean(
+            float(_ladder(experiment, results, task, of, rate, head_rate)["accuracy"])
+            for task in experiment.development
+        )
+
+    return best_rate(score, RATES, FIRST_RATE[of])
 
 
 def _ladder(experiment, results, task, of, rate, head_rate) -> dict:
@@ -218,20 +158,6 @@ def recipe_of(settings: Settings, experiment: Experiment, threads: int) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def conditions(threads: int) -> dict:
-    """What a row says of where it was made."""
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    machine = models[0] if models else "unknown"
-    return {"torch": torch.__version__, "threads": threads, "machine": machine, "commit": commit}
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = lambda text: text.split(",")  # noqa: E731
@@ -268,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no task to hold out: {', '.join(unknown)}", file=sys.stderr)
         return 2
     recipe = recipe_of(settings, experiment, options.threads)
-    results = Results(options.csv, recipe, conditions(options.threads), deadline)
+    facts = conditions(options.threads)
+    results = Results(options.csv, recipe, facts, deadline, columns=COLUMNS, key=KEY)
     reporter = Reporter(options.quiet)
     if not options.table:
         try:

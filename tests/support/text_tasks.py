@@ -1,0 +1,37 @@
+"""A tiny model and made-up text tasks, for the experiments of examples/."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def text_tasks(folder: Path, tasks: Sequence[str]) -> Path:
+    """A BERT of two layers with 40 words in model/, and tasks in text/, filled into a folder.
+
+    A task's label is which half of the words says more; 60 rows to train on and 20 to test with.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=45, num_hidden_layers=2, **sizes)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *WORDS]))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    for task in tasks:
+        draw, lines = random.Random(task), ["split\tlabel\ttext"]
+        for i in range(80):
+            words = draw.sample(WORDS, 6)
+            label = int(sum(word in WORDS[:20] for word in words) > 3)
+            lines.append("\t".join(["train" if i < 60 else "test", str(label), " ".join(words)]))
+        (folder / "text" / f"{task}.tsv").write_text("\n".join(lines) + "\n")
+    known = [{"task": task, "labels": ["w1", "w30"]} for task in tasks]
+    (folder / "text" / "tasks.json").write_text(json.dumps(known))
+    return folder

@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_refused_after_the_last_step_too():
         ({"l1": 0.1}, "constraint must be 'none'"),
         ({"train": [torch.ones(2)]}, "train must hold Parameters that require grad"),
     ],
-    ids=str,
+    ids=["epochs", "patience", "one_shot", "empty", "l1", "train"],
 )
 def test_rejects(options, what):
     with pytest.raises(ValueError, match=what):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors, peft_config
 from lora_fused.checks import invalid, shape
 from lora_fused.methods.basis import SharedBasis, extended_basis
 from lora_fused.methods.cores import core_of, diagonals, pair_of, resized
@@ -346,21 +346,8 @@ class Subspace:
         return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
 
     def _config(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
-        """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ."""
-        return {
-            "base_model_name_or_path": next(iter(self.base_names), None),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "peft_type": "LORA",
-            "r": rank,
-            "target_modules": sorted(parts),
-            "task_type": None,
-            "use_rslora": False,
-        }
+        """A PEFT config of a new adapter."""
+        return peft_config(sorted(parts), rank, alpha, base=next(iter(self.base_names), None))
 
     def _check_frozen(self, op: str) -> None:
         if any(stack.trained for stack in self.cores.stacks.values()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route, Row
-from lora_fused.nn.fit import check_base, check_distinct, unknown_modules
+from lora_fused.nn.fit import check_base, check_distinct, check_present
 from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
 from lora_fused.nn.saved import saved_of
 
@@ -247,10 +247,7 @@ def _targets(bank: AdapterBank, named: dict[str, nn.Module], route: Route) -> di
     names = [name for name in bank.modules if _of_layer(route, bank, name)]
     if not names:
         raise invalid(_OP, "mixture", "change at least one module", "weights of 0 or no adapter")
-    unknown = [name for name in names if name not in named]
-    if unknown:
-        got = unknown_modules(unknown, named)
-        raise invalid(_OP, "model", "have every module of the adapters", got)
+    check_present(names, named, "the adapters", _OP)
     for name in names:
         _check_module(name, named[name], bank.stacks[name])
     check_distinct({name: named[name] for name in names}, _OP)

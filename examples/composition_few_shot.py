@@ -10,23 +10,17 @@ what is missing. docs/composition.md says what came out.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
-import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
-import torch
 from composition_few_shot_methods import METHODS, FewShot, Settings
 from composition_few_shot_plot import svg
 from composition_few_shot_tables import found, tables
-from resumable import OutOfTime, Results, best_rate, conditions
+from resumable import Results, best_rate
+from text_command import experiment_of, parser_of, resumed, words
 
 from lora_fused.cli.console import Reporter
-from lora_fused.cli.demo_tasks import model_path
 
 SHOTS = ("4", "16", "64", "full")
 # One rule for all: the rate with the best mean accuracy on the development tasks at 16 examples per
@@ -91,12 +85,10 @@ def chosen_rate(experiment: FewShot, results: Results, method: str, head_rate: f
 
 
 def run(experiment: FewShot, results: Results, options, reporter: Reporter) -> None:
-    """All cells that are missing: adapters and rates first, then seed by seed, few shots first.
+    """All cells that are missing: rates first, then seed by seed, few shots first.
 
     So what a budget cuts off is seeds, then the cells of all data, never a task.
     """
-    if not experiment.load_pool(reporter.say, lambda: time.monotonic() < results.deadline):
-        raise OutOfTime
     rates = {"head": chosen_rate(experiment, results, "head", None)}
     for method in options.methods:
         of = RATE_OF.get(method, method)
@@ -116,32 +108,11 @@ def run(experiment: FewShot, results: Results, options, reporter: Reporter) -> N
             advance(1)
 
 
-def recipe_of(settings: Settings, experiment: FewShot, threads: int) -> str:
-    """A name of everything besides the cell's own key that decides what it holds."""
-    recipe = {**dataclasses.asdict(experiment.recipe), "model": Path(experiment.recipe.model).name}
-    told = [dataclasses.asdict(settings), recipe, list(experiment.tasks), RATES, threads]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--csv", type=Path, required=True, help="rows, appended to")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/text_adapters"), help="adapters")
-    parser.add_argument("--model", help="a BERT's folder in place of the packaged one")
-    parser.add_argument("--data", type=Path, help="in place of LORA_FUSED_DATA")
-    parser.add_argument("--seeds", type=int, default=5, help="0 to N - 1, one after the other")
-    parser.add_argument("--tasks", type=words, help="unseen tasks, comma-separated")
+    common = {"seeds": 5, "methods": METHODS, "cache": ".cache/text_adapters"}
+    parser = parser_of(__doc__.splitlines()[0], Settings, **common)
     parser.add_argument("--shots", type=words, default=list(SHOTS), help="per class, or 'full'")
-    parser.add_argument("--methods", type=words, default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--plot", type=Path, help="write accuracy against shots as an SVG here")
-    parser.add_argument("--quiet", "-q", action="store_true")
-    for field in dataclasses.fields(Settings):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default)
     return parser.parse_args(argv)
 
 
@@ -163,24 +134,11 @@ def wrong(options: argparse.Namespace, experiment: FewShot) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    deadline = time.monotonic() + 60 * options.minutes
-    torch.set_num_threads(options.threads)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(options, name) for name in names})
-    where = {} if options.data is None else {"data": options.data}
-    experiment = FewShot(settings, options.model or str(model_path()), options.cache, **where)
-    options.tasks = options.tasks or experiment.held_out
+    experiment = experiment_of(FewShot, Settings, options)
     if error := wrong(options, experiment):
         print(error, file=sys.stderr)
         return 2
-    recipe, facts = recipe_of(settings, experiment, options.threads), conditions(options.threads)
-    results = Results(options.csv, recipe, facts, deadline, columns=COLUMNS, key=KEY)
-    reporter = Reporter(options.quiet)
-    if not options.table:
-        try:
-            run(experiment, results, options, reporter)
-        except OutOfTime:
-            reporter.say(f"stopped after {options.minutes:g} minutes; run again to go on")
+    results = resumed(run, experiment, options, rates=RATES, columns=COLUMNS, key=KEY)
     told = found(results.rows.values())
     print(tables(told))
     if options.plot is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from text_experiment import Encoder, Rows, TextExperiment, seed_of
+from text_experiment import Encoder, Rows, TextExperiment, TextSettings, seed_of
 from torch import Tensor, nn
 
 from lora_fused import AdapterBank, attach
@@ -34,21 +34,14 @@ METHODS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(TextSettings):
     """Everything besides task, seed, shots, method and learning rate that decides a cell."""
 
     epochs: int = 8
     least_steps: int = 24
     most_steps: int = 80
-    batch: int = 16
     train_rows: int = 1000  # what "full" is, at most
     test_rows: int = 200
-    pool_rows: int = 480
-    pool_epochs: int = 3
-    rank: int = 8
-    alpha: int = 16
-    max_length: int = 32
-    temperature: float = 0.05
     hub_candidates: int = 40  # as LoraHub has it
     hub_rows: int = 32  # at most, of a candidate
 

@@ -9,24 +9,17 @@ run does what is missing. docs/eigenlorax.md says what came out.
 """
 
 import argparse
-import dataclasses
 import functools
-import hashlib
-import json
-import math
 import statistics
 import sys
-import time
-from pathlib import Path
 
-import torch
 from eigenlorax_reconstruction import PUBLIC, SIZES, families, reconstructed, reported, ways
 from eigenlorax_tables import REPORTED, show, summary
 from eigenlorax_training import Experiment, Settings, parse
-from resumable import OutOfTime, Results, best_rate, conditions
+from resumable import Results, best_rate
+from text_command import experiment_of, parser_of, resumed
 
 from lora_fused.cli.console import Reporter, print_json
-from lora_fused.cli.demo_tasks import model_path
 
 METHODS = (
     "probe",
@@ -100,12 +93,7 @@ def _ladder(experiment, results, task, of, rate, head_rate) -> dict:
 
 
 def run(experiment: Experiment, results: Results, options, reporter: Reporter) -> None:
-    """All cells that are missing: rates first, then seed by seed, so that tasks come before seeds.
-
-    The pool's adapters are trained before all.
-    """
-    if not experiment.load_pool(reporter.say, lambda: time.monotonic() < results.deadline):
-        raise OutOfTime
+    """All cells that are missing: rates first, then seed by seed: tasks come before seeds."""
     wanted = [family(method) for method in options.methods]
     rates = {"probe": chosen_rate(experiment, results, "probe", None)}
     for of in dict.fromkeys(wanted):
@@ -151,58 +139,23 @@ def _without_training(experiment: Experiment, results: Results, options, reporte
             advance(1)
 
 
-def recipe_of(settings: Settings, experiment: Experiment, threads: int) -> str:
-    """A name of everything besides the cell's own key that decides what it holds."""
-    recipe = {**dataclasses.asdict(experiment.recipe), "model": Path(experiment.recipe.model).name}
-    told = [dataclasses.asdict(settings), recipe, list(experiment.tasks), RATES, threads]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--csv", type=Path, required=True, help="rows, appended to")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/eigenlorax"), help="adapters")
-    parser.add_argument("--model", help="a BERT's folder in place of the packaged one")
-    parser.add_argument("--data", type=Path, help="in place of LORA_FUSED_DATA")
-    parser.add_argument("--seeds", type=int, default=3, help="0 to N - 1, one after the other")
-    parser.add_argument("--tasks", type=words, help="held-out tasks, comma-separated")
-    parser.add_argument("--methods", type=words, default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
-    parser.add_argument("--threads", type=int, default=1)
+    common = {"seeds": 3, "methods": METHODS, "cache": ".cache/eigenlorax"}
+    parser = parser_of(__doc__.splitlines()[0], Settings, **common)
     parser.add_argument("--no-reconstruction", action="store_true", help="only what is trained")
-    parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--quiet", "-q", action="store_true")
-    for field in dataclasses.fields(Settings):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    deadline = time.monotonic() + 60 * options.minutes
-    torch.set_num_threads(options.threads)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(options, name) for name in names})
-    where = {} if options.data is None else {"data": options.data}
-    experiment = Experiment(settings, options.model or str(model_path()), options.cache, **where)
-    options.tasks = options.tasks or experiment.held_out
+    experiment = experiment_of(Experiment, Settings, options)
     unknown = [t for t in options.tasks if t not in experiment.tasks or t in experiment.development]
     if unknown:
         print(f"no task to hold out: {', '.join(unknown)}", file=sys.stderr)
         return 2
-    recipe = recipe_of(settings, experiment, options.threads)
-    facts = conditions(options.threads)
-    results = Results(options.csv, recipe, facts, deadline, columns=COLUMNS, key=KEY)
-    reporter = Reporter(options.quiet)
-    if not options.table:
-        try:
-            run(experiment, results, options, reporter)
-        except OutOfTime:
-            reporter.say(f"stopped after {options.minutes:g} minutes; run again to go on")
-    found = {"recipe": recipe, **summary(results.rows.values(), ways())}
+    results = resumed(run, experiment, options, rates=RATES, columns=COLUMNS, key=KEY)
+    found = {"recipe": results.recipe, **summary(results.rows.values(), ways())}
     if options.json:
         print_json(found)
     else:

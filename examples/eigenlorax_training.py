@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import torch
-from text_experiment import Encoder, Rows, TextExperiment, seed_of
+from text_experiment import Encoder, Rows, TextExperiment, TextSettings, seed_of
 from torch import Tensor, nn
 
 from lora_fused import AdapterBank, attach
@@ -18,20 +18,12 @@ from lora_fused.methods.controls import unrelated
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(TextSettings):
     """Everything besides task, seed, method and learning rate that decides a cell."""
 
     steps: int = 120
-    batch: int = 16
     train_rows: int = 800
     validation_rows: int = 128
-    test_rows: int = 500
-    pool_rows: int = 480
-    pool_epochs: int = 3
-    rank: int = 8
-    alpha: int = 16
-    max_length: int = 32
-    temperature: float = 0.05
     checks: int = 10  # looks at the validation rows while training
 
 

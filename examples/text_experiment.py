@@ -6,14 +6,14 @@ differ in what else trains.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,17 +46,18 @@ DATA = Path(
 )
 
 
-class TextSettings(Protocol):
-    """What the settings of an experiment on texts have to say."""
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """What the settings of every experiment on texts say; each adds its own."""
 
-    batch: int
-    test_rows: int
-    pool_rows: int
-    pool_epochs: int
-    rank: int
-    alpha: int
-    max_length: int
-    temperature: float
+    batch: int = 16
+    test_rows: int = 500
+    pool_rows: int = 480
+    pool_epochs: int = 3
+    rank: int = 8
+    alpha: int = 16
+    max_length: int = 32
+    temperature: float = 0.05
 
 
 class TextExperiment:
@@ -71,6 +72,12 @@ class TextExperiment:
         self.model.requires_grad_(False)
         self.tasks, self.development = _tasks(data, settings.test_rows)
         self.bank = AdapterBank()
+
+    def recipe_name(self, rates: Sequence[float], threads: int) -> str:
+        """A name of everything besides a cell's own key that decides what it holds."""
+        recipe = {**dataclasses.asdict(self.recipe), "model": Path(self.recipe.model).name}
+        told = [dataclasses.asdict(self.settings), recipe, list(self.tasks), rates, threads]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def held_out(self) -> list[str]:

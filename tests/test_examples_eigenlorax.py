@@ -1,13 +1,10 @@
 """examples/eigenlorax_glue_like.py on a tiny random model and made-up tasks: runs, resumes."""
 
-import csv
 import json
-import sys
 
 import pytest
 import torch
-from support import ROOT
-from support.text_tasks import text_tasks
+from support import text_tasks
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -16,21 +13,17 @@ pytest.importorskip("rich")
 TASKS = ("trec6", "cr", "clickbait", "stackoverflow", "mr")
 METHODS = "probe,lora,full,eigenlorax-4,augmented-2+2,hosvd-4,null-4"
 SMALL = {"steps": 4, "batch": 8, "checks": 2, "pool-rows": 16, "pool-epochs": 1, "test-rows": 16}
-NOT_TIMED = ("cpu_seconds", "date")
 
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(ROOT / "examples"))
-    import eigenlorax_glue_like
-
-    yield eigenlorax_glue_like
-    sys.path.remove(str(ROOT / "examples"))
+    with text_tasks.example("eigenlorax_glue_like") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return text_tasks(tmp_path_factory.mktemp("eigenlorax"), TASKS)
+    return text_tasks.text_tasks(tmp_path_factory.mktemp("eigenlorax"), TASKS)
 
 
 @pytest.fixture
@@ -43,11 +36,7 @@ def run(example, folder, capsys):
         always = ("--cache", folder / "cache", "--methods", METHODS, "--json", "-q")
         small = [f"--{name}={value}" for name, value in SMALL.items()]
         assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
-        with path.open() as file:
-            rows = [
-                {k: v for k, v in r.items() if k not in NOT_TIMED} for r in csv.DictReader(file)
-            ]
-        return rows, json.loads(capsys.readouterr().out)
+        return text_tasks.rows_of(path), json.loads(capsys.readouterr().out)
 
     return call
 

@@ -1,12 +1,9 @@
 """examples/composition_few_shot.py on a tiny random model and made-up tasks: runs, resumes."""
 
-import csv
-import sys
 from xml.etree import ElementTree
 
 import pytest
-from support import ROOT
-from support.text_tasks import text_tasks
+from support import text_tasks
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -27,21 +24,17 @@ SMALL = {
     "hub-candidates": 8,
     "hub-rows": 4,
 }
-NOT_TIMED = ("cpu_seconds", "date")
 
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(ROOT / "examples"))
-    import composition_few_shot
-
-    yield composition_few_shot
-    sys.path.remove(str(ROOT / "examples"))
+    with text_tasks.example("composition_few_shot") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return text_tasks(tmp_path_factory.mktemp("few_shot"), TASKS)
+    return text_tasks.text_tasks(tmp_path_factory.mktemp("few_shot"), TASKS)
 
 
 @pytest.fixture
@@ -54,10 +47,7 @@ def run(example, folder):
         always = ("--cache", folder / "cache", "--shots", SHOTS, "--seeds", 1, "-q")
         small = [f"--{name}={value}" for name, value in SMALL.items()]
         assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
-        with path.open() as file:
-            return [
-                {k: v for k, v in r.items() if k not in NOT_TIMED} for r in csv.DictReader(file)
-            ]
+        return text_tasks.rows_of(path)
 
     return call
 

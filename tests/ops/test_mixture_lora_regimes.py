@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.mixture_lora import double, gradients, problem, require, run, truth
+from support.traffic import launched
 
 from lora_fused import backends
 from lora_fused.ops import mixture_lora, mixture_lora_group
@@ -41,15 +42,6 @@ def case(name: str, form: str = "packed", dtype: torch.dtype = torch.float32) ->
         options["row_mixture"] = torch.randint(mixtures, (rows,)).tolist()
     p = problem(rows, per_row, ranks, i, o, **options)
     return p | {"base": torch.randn(rows, o).to(dtype)}
-
-
-def launched(call) -> tuple[torch.Tensor, list[str]]:
-    from benchmarks.traffic import count
-
-    with count() as counter:
-        result = call()
-    assert counter.total.out_of_bounds == counter.total.races == 0
-    return result, [launch.kernel for launch in counter.launches]
 
 
 @pytest.mark.parametrize("name", NAMES)

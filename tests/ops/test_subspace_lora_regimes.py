@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.mixture_lora import double
 from support.subspace_lora import DTYPES, gradients, problem, require, run, triple, truth
+from support.traffic import launched
 
 from lora_fused import backends
 from lora_fused.ops.mixture_lora import contract
@@ -44,15 +45,6 @@ def case(name: str, dtypes=DTYPES[0]) -> dict:
     form, rows, mixtures, per_row, *sizes, _ = REGIMES[name]
     p = problem(rows, per_row, *sizes, form=form, mixtures=mixtures, dtypes=dtypes)
     return p | {"base": torch.randn(rows, sizes[-1]).to(dtypes[0])}
-
-
-def launched(call) -> tuple[torch.Tensor, list[str]]:
-    from benchmarks.traffic import count
-
-    with count() as counter:
-        result = call()
-    assert counter.total.out_of_bounds == counter.total.races == 0
-    return result, [launch.kernel for launch in counter.launches]
 
 
 @pytest.mark.parametrize("name", NAMES)

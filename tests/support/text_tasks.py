@@ -1,12 +1,20 @@
 """A tiny model and made-up text tasks, for the experiments of examples/."""
 
+import contextlib
+import csv
+import importlib
 import json
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
+from support import ROOT
+
+NOT_TIMED = ("cpu_seconds", "date")
 WORDS = [f"w{i}" for i in range(40)]
 
 
@@ -35,3 +43,17 @@ def text_tasks(folder: Path, tasks: Sequence[str]) -> Path:
     known = [{"task": task, "labels": ["w1", "w30"]} for task in tasks]
     (folder / "text" / "tasks.json").write_text(json.dumps(known))
     return folder
+
+
+@contextlib.contextmanager
+def example(name: str) -> Iterator[ModuleType]:
+    """A program of examples/ as a module, beside those that it imports."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module(name)
+    sys.path.remove(str(ROOT / "examples"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of an experiment's CSV, but for what differs from run to run."""
+    with path.open() as file:
+        return [{k: v for k, v in r.items() if k not in NOT_TIMED} for r in csv.DictReader(file)]

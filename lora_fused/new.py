@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_fused.adapters import Adapter, LoraFactors, peft_config
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
 from lora_fused.nn.linear import CONV1D, MixtureLayer, layer_class, layer_sizes
 
 _OP = "new_adapter"
@@ -51,8 +51,7 @@ def new_adapter(
         >>> bank.add(new_adapter(model, "mine", target_modules=["q_proj", "v_proj"], seed=0))
         >>> optimizer = torch.optim.AdamW(bank.trainable(["mine"]))
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise invalid(_OP, "rank", "be an integer of at least 1", repr(rank))
+    check_whole(_OP, "rank", rank)
     alpha = rank if alpha is None else alpha
     if not isinstance(alpha, (int, float)) or not 0 < abs(alpha) < float("inf"):
         raise invalid(_OP, "alpha", "be a finite number other than 0", repr(alpha))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
 from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import blocks, gram
 
@@ -71,8 +71,7 @@ class ArrowRouter:
         if not isinstance(bank, AdapterBank) or not len(bank):
             raise invalid(_OP, "bank", "be an AdapterBank with adapters", repr(bank))
         wanted = sorted(map(bank.id, chosen_names(_OP, bank, names)))
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise invalid(_OP, "top_k", "be an integer of at least 1", repr(top_k))
+        check_whole(_OP, "top_k", top_k)
         if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
             raise invalid(_OP, "temperature", "be a positive number", repr(temperature))
         embedding = next((m for m, s in bank.stacks.items() if s.embedding), None)

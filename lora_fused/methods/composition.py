@@ -14,7 +14,6 @@ unconstrained or lie on the simplex with exact zeros, and an entropy or an L1 te
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.methods.merging import Merged, merge
+from lora_fused.methods.progress import show
 from lora_fused.mixture import Mixture
 
 _OP = "LearnedComposition"
@@ -269,7 +269,8 @@ class LearnedComposition(nn.Module):
                     fit = fit._replace(best=epoch)
                     kept.update()
                 stops = patience is not None and epoch - fit.best >= patience
-                _show(progress, epoch + 1, epochs, fit, stops)
+                done = epoch + 1
+                show(progress, done, epochs, _line(done, epochs, fit), ends=stops or done == epochs)
                 if stops:
                     break
         optimizer.zero_grad()
@@ -393,11 +394,6 @@ class _Kept(contextlib.AbstractContextManager):
             p.copy_(value)
 
 
-def _show(progress, done: int, total: int, fit: Fit, stops: bool) -> None:
-    if callable(progress):
-        progress(done, total)
-    elif progress and sys.stderr.isatty():
-        last = f", validation {fit.validation[-1]:.4f}" if fit.validation else ""
-        line = f"\repoch {done} of {total}, loss {fit.losses[-1]:.4f}{last}"
-        end = "\n" if stops or done == total else ""
-        print(line, end=end, file=sys.stderr, flush=True)
+def _line(done: int, total: int, fit: Fit) -> str:
+    last = f", validation {fit.validation[-1]:.4f}" if fit.validation else ""
+    return f"epoch {done} of {total}, loss {fit.losses[-1]:.4f}{last}"

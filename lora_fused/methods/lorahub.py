@@ -14,7 +14,6 @@ base model, is a candidate, so the result is never worse on the examples than th
 import contextlib
 import dataclasses
 import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import rows_of
+from lora_fused.methods.progress import show
 from lora_fused.mixture import Mixture
 
 _OP = "lorahub"
@@ -110,7 +110,11 @@ def lorahub(
     """
     cma, numpy = _packages()
     bank, names = _checked(handle, names, mix)
-    _check_wholes(candidates=candidates, population=population, max_rows=max_rows, seed=seed)
+    check_whole(_OP, "candidates", candidates)
+    if population is not None:
+        check_whole(_OP, "population", population, least=2)
+    check_whole(_OP, "max_rows", max_rows)
+    check_whole(_OP, "seed", seed, least=0)
     _check_sizes(bound=bound, step=step, l1=l1)
     evaluate = _Evaluation(bank, handle, losses, examples, names, max_rows)
     draw = numpy.random.default_rng(seed)
@@ -137,7 +141,8 @@ def lorahub(
             if len(weights) == len(asked):
                 scores = found[-1] + l1 * weights.double().abs().mean(-1)
                 search.tell(asked, scores.tolist())
-            _show(progress, done, done if search.stop() else candidates)
+            total = done if search.stop() else candidates
+            show(progress, done, total, f"{_OP}: {done} of {total} candidates")
     tried, found = torch.cat(tried), torch.cat(found)
     best = int((found + l1 * tried.double().abs().mean(-1)).argmin())
     weights = dict(zip(names, tried[best].tolist(), strict=True))
@@ -280,14 +285,6 @@ def _checked(handle, names, mix: str) -> tuple[AdapterBank, tuple[str, ...]]:
     return bank, names
 
 
-def _check_wholes(**values: int | None) -> None:
-    for label, value in values.items():
-        least = {"population": 2, "seed": 0}.get(label, 1)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and value >= least) and not (value is None and label == "population"):
-            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
-
-
 def _check_sizes(**values: float) -> None:
     for label, value in values.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -334,11 +331,3 @@ def _repeated(examples: object, first: int, count: int, times: int) -> object:
     if isinstance(examples, Mapping):
         return {k: _repeated(v, first, count, times) for k, v in examples.items()}
     return type(examples)([_repeated(v, first, count, times) for v in examples])
-
-
-def _show(progress, done: int, total: int) -> None:
-    if callable(progress):
-        progress(done, total)
-    elif progress and sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{_OP}: {done} of {total} candidates", end=end, file=sys.stderr, flush=True)

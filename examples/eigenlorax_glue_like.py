@@ -9,28 +9,18 @@ run does what is missing. docs/eigenlorax.md says what came out.
 """
 
 import argparse
-import csv
-import dataclasses
 import functools
-import hashlib
-import json
-import math
 import statistics
-import subprocess
 import sys
-import time
-from datetime import datetime, timezone
-from pathlib import Path
 
-import torch
 from eigenlorax_reconstruction import PUBLIC, SIZES, families, reconstructed, reported, ways
 from eigenlorax_tables import REPORTED, show, summary
 from eigenlorax_training import Experiment, Settings, parse
+from resumable import Results, best_rate
+from text_command import experiment_of, parser_of, resumed
 
 from lora_fused.cli.console import Reporter, print_json
-from lora_fused.cli.demo_tasks import model_path
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = (
     "probe",
     "lora",
@@ -75,55 +65,6 @@ COLUMNS = [
 KEY = ("phase", "task", "seed", "method", "rate")
 
 
-class OutOfTime(Exception):
-    """The budget is spent; what is done is in the CSV."""
-
-
-class Results:
-    """The rows of one recipe in a CSV, which may hold others; a row is written whole."""
-
-    def __init__(self, path: Path, recipe: str, conditions: dict, deadline: float):
-        self.path, self.recipe, self.conditions = path, recipe, conditions
-        self.deadline, self.rows = deadline, {}
-        if path.is_file():
-            self._read()
-
-    def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a run was killed while it wrote
-            self.path.write_text(whole, encoding="utf-8")
-        for row in csv.DictReader(whole.splitlines()):
-            if list(row) != COLUMNS:
-                raise ValueError(f"{self.path}: columns must be {COLUMNS}, got {list(row)}")
-            if row["recipe"] == self.recipe:
-                self.rows[tuple(row[k] for k in KEY)] = row
-
-    def cell(self, make, **key) -> dict:
-        """The row of a cell, computed by ``make()`` unless it is there already."""
-        full = {name: str(key.get(name, "")) for name in KEY}
-        at = tuple(full.values())
-        if at not in self.rows:
-            if time.monotonic() >= self.deadline:
-                raise OutOfTime
-            now = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")}
-            found = {"recipe": self.recipe, **full, **make(), **self.conditions, **now}
-            row = {c: "" if found.get(c) is None else str(found[c]) for c in COLUMNS}
-            self._append(row)
-            self.rows[at] = row
-        return self.rows[at]
-
-    def _append(self, row: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.is_file() or not self.path.stat().st_size
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-
-
 def family(method: str) -> str:
     """The methods that share a learning rate."""
     return method if method in FIRST_RATE else "coefficients"
@@ -131,22 +72,14 @@ def family(method: str) -> str:
 
 def chosen_rate(experiment: Experiment, results: Results, of: str, head_rate: float | None):
     """The learning rate of a family by the rule above."""
-    low = high = FIRST_RATE[of]
-    high += 2
-    while True:
-        scores = {}
-        for i in range(low, high + 1):
-            scores[i] = statistics.fmean(
-                float(_ladder(experiment, results, task, of, RATES[i], head_rate)["accuracy"])
-                for task in experiment.development
-            )
-        best = max(scores, key=lambda i: (scores[i], -i))
-        if best == low > 0:
-            low -= 1
-        elif best == high < len(RATES) - 1:
-            high += 1
-        else:
-            return RATES[best]
+
+    def score(rate: float) -> float:
+        return statistics.fmean(
+            float(_ladder(experiment, results, task, of, rate, head_rate)["accuracy"])
+            for task in experiment.development
+        )
+
+    return best_rate(score, RATES, FIRST_RATE[of])
 
 
 def _ladder(experiment, results, task, of, rate, head_rate) -> dict:
@@ -160,12 +93,7 @@ def _ladder(experiment, results, task, of, rate, head_rate) -> dict:
 
 
 def run(experiment: Experiment, results: Results, options, reporter: Reporter) -> None:
-    """All cells that are missing: rates first, then seed by seed, so that tasks come before seeds.
-
-    The pool's adapters are trained before all.
-    """
-    if not experiment.load_pool(reporter.say, lambda: time.monotonic() < results.deadline):
-        raise OutOfTime
+    """All cells that are missing: rates first, then seed by seed: tasks come before seeds."""
     wanted = [family(method) for method in options.methods]
     rates = {"probe": chosen_rate(experiment, results, "probe", None)}
     for of in dict.fromkeys(wanted):
@@ -211,71 +139,23 @@ def _without_training(experiment: Experiment, results: Results, options, reporte
             advance(1)
 
 
-def recipe_of(settings: Settings, experiment: Experiment, threads: int) -> str:
-    """A name of everything besides the cell's own key that decides what it holds."""
-    recipe = {**dataclasses.asdict(experiment.recipe), "model": Path(experiment.recipe.model).name}
-    told = [dataclasses.asdict(settings), recipe, list(experiment.tasks), RATES, threads]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def conditions(threads: int) -> dict:
-    """What a row says of where it was made."""
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    machine = models[0] if models else "unknown"
-    return {"torch": torch.__version__, "threads": threads, "machine": machine, "commit": commit}
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--csv", type=Path, required=True, help="rows, appended to")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/eigenlorax"), help="adapters")
-    parser.add_argument("--model", help="a BERT's folder in place of the packaged one")
-    parser.add_argument("--data", type=Path, help="in place of LORA_FUSED_DATA")
-    parser.add_argument("--seeds", type=int, default=3, help="0 to N - 1, one after the other")
-    parser.add_argument("--tasks", type=words, help="held-out tasks, comma-separated")
-    parser.add_argument("--methods", type=words, default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
-    parser.add_argument("--threads", type=int, default=1)
+    common = {"seeds": 3, "methods": METHODS, "cache": ".cache/eigenlorax"}
+    parser = parser_of(__doc__.splitlines()[0], Settings, **common)
     parser.add_argument("--no-reconstruction", action="store_true", help="only what is trained")
-    parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--quiet", "-q", action="store_true")
-    for field in dataclasses.fields(Settings):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(field.default), default=field.default)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    deadline = time.monotonic() + 60 * options.minutes
-    torch.set_num_threads(options.threads)
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: getattr(options, name) for name in names})
-    where = {} if options.data is None else {"data": options.data}
-    experiment = Experiment(settings, options.model or str(model_path()), options.cache, **where)
-    options.tasks = options.tasks or experiment.held_out
+    experiment = experiment_of(Experiment, Settings, options)
     unknown = [t for t in options.tasks if t not in experiment.tasks or t in experiment.development]
     if unknown:
         print(f"no task to hold out: {', '.join(unknown)}", file=sys.stderr)
         return 2
-    recipe = recipe_of(settings, experiment, options.threads)
-    results = Results(options.csv, recipe, conditions(options.threads), deadline)
-    reporter = Reporter(options.quiet)
-    if not options.table:
-        try:
-            run(experiment, results, options, reporter)
-        except OutOfTime:
-            reporter.say(f"stopped after {options.minutes:g} minutes; run again to go on")
-    found = {"recipe": recipe, **summary(results.rows.values(), ways())}
+    results = resumed(run, experiment, options, rates=RATES, columns=COLUMNS, key=KEY)
+    found = {"recipe": results.recipe, **summary(results.rows.values(), ways())}
     if options.json:
         print_json(found)
     else:

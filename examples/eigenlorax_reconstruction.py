@@ -59,7 +59,7 @@ def _by_label_names(experiment: Experiment, task: str, labels: Tensor) -> float:
 
 def _labels(experiment: Experiment, task: str) -> Tensor:
     names = list(experiment.tasks[task].labels)
-    found = experiment.frozen(tuple((name, 0) for name in names))
+    found = experiment.embedded(tuple((name, 0) for name in names))
     return torch.stack([found[name] for name in names])
 
 

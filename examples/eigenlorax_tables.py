@@ -4,6 +4,8 @@ import math
 import statistics
 from collections.abc import Iterable
 
+from resumable import interval
+
 from lora_fused.cli.console import stdout, table
 
 REPORTED = ("error", "null_error", "held_out", "null_held_out", "verdict")
@@ -59,18 +61,6 @@ def _way(rows: list[dict], way: str) -> dict | None:
         "error": statistics.fmean(errors) if errors else None,
         "tasks": {task: float(row["accuracy"]) for task, row in rows.items()},
     }
-
-
-def interval(values: list[float]) -> list[float | None] | None:
-    """Mean and half of Student's 95 % interval of it; no interval of one value."""
-    if not values:
-        return None
-    if len(values) < 2:
-        return [values[0], None]
-    n, z = len(values) - 1, 1.959964
-    t = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    return [statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values))]
 
 
 def show(found: dict) -> None:

@@ -51,6 +51,36 @@ class Adapter:
     metadata: dict = dataclasses.field(default_factory=dict)
 
 
+def peft_config(
+    target_modules: Sequence[str] | str,
+    rank: int,
+    alpha: float,
+    *,
+    base: str | None = None,
+    fan_in_fan_out: bool = False,
+    task_type: str | None = None,
+    use_rslora: bool = False,
+) -> dict:
+    """The PEFT config of an adapter that no file gave one, for ``Adapter.metadata["config"]``.
+
+    lora_fused.io adds patterns where modules differ from it.
+    """
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": target_modules,
+        "task_type": task_type,
+        "use_rslora": use_rslora,
+    }
+
+
 class AdapterStack(nn.Module):
     """The adapters of one layer, packed by rank rows, or a host's padded slots served in place.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora_fused.adapters import Adapter, LoraFactors
-from lora_fused.checks import invalid
+from lora_fused.adapters import Adapter, LoraFactors, peft_config
+from lora_fused.checks import check_whole, invalid
 from lora_fused.nn.linear import CONV1D, MixtureLayer, layer_class, layer_sizes
 
 _OP = "new_adapter"
@@ -51,8 +51,7 @@ def new_adapter(
         >>> bank.add(new_adapter(model, "mine", target_modules=["q_proj", "v_proj"], seed=0))
         >>> optimizer = torch.optim.AdamW(bank.trainable(["mine"]))
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise invalid(_OP, "rank", "be an integer of at least 1", repr(rank))
+    check_whole(_OP, "rank", rank)
     alpha = rank if alpha is None else alpha
     if not isinstance(alpha, (int, float)) or not 0 < abs(alpha) < float("inf"):
         raise invalid(_OP, "alpha", "be a finite number other than 0", repr(alpha))
@@ -64,21 +63,15 @@ def new_adapter(
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     parts = {path: _part(module, rank, scale, generator) for path, module in targets.items()}
-    config = {
-        "base_model_name_or_path": _base_name(model),
-        "bias": "none",
-        "fan_in_fan_out": any(_is_conv1d(module) for module in targets.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
+    config = peft_config(
         # PEFT, too, writes out what "all-linear" stood for.
-        "target_modules": sorted(targets) if target_modules == "all-linear" else target_modules,
-        "task_type": None,
-        "use_rslora": bool(use_rslora),
-    }
+        sorted(targets) if target_modules == "all-linear" else target_modules,
+        rank,
+        alpha,
+        base=_base_name(model),
+        fan_in_fan_out=any(_is_conv1d(module) for module in targets.values()),
+        use_rslora=bool(use_rslora),
+    )
     return Adapter(name, parts, metadata={"config": config})
 
 

@@ -1,56 +1,29 @@
 """examples/eigenlorax_glue_like.py on a tiny random model and made-up tasks: runs, resumes."""
 
-import csv
 import json
-import random
-import sys
 
 import pytest
 import torch
-from support import ROOT
+from support import text_tasks
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 
-WORDS = [f"w{i}" for i in range(40)]
 TASKS = ("trec6", "cr", "clickbait", "stackoverflow", "mr")
 METHODS = "probe,lora,full,eigenlorax-4,augmented-2+2,hosvd-4,null-4"
 SMALL = {"steps": 4, "batch": 8, "checks": 2, "pool-rows": 16, "pool-epochs": 1, "test-rows": 16}
-NOT_TIMED = ("cpu_seconds", "date")
 
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(ROOT / "examples"))
-    import eigenlorax_glue_like
-
-    yield eigenlorax_glue_like
-    sys.path.remove(str(ROOT / "examples"))
+    with text_tasks.example("eigenlorax_glue_like") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A BERT of two layers with 40 words, and five tasks whose label is which half says more."""
-    made = tmp_path_factory.mktemp("eigenlorax")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=45, num_hidden_layers=2, **sizes)
-    transformers.BertModel(config).save_pretrained(made / "model")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (made / "vocab.txt").write_text("\n".join([*special, *WORDS]))
-    transformers.BertTokenizer(str(made / "vocab.txt")).save_pretrained(made / "model")
-    (made / "text").mkdir()
-    for task in TASKS:
-        draw, lines = random.Random(task), ["split\tlabel\ttext"]
-        for i in range(80):
-            words = draw.sample(WORDS, 6)
-            label = int(sum(word in WORDS[:20] for word in words) > 3)
-            lines.append("\t".join(["train" if i < 60 else "test", str(label), " ".join(words)]))
-        (made / "text" / f"{task}.tsv").write_text("\n".join(lines) + "\n")
-    known = [{"task": task, "labels": ["w1", "w30"]} for task in TASKS]
-    (made / "text" / "tasks.json").write_text(json.dumps(known))
-    return made
+    return text_tasks.text_tasks(tmp_path_factory.mktemp("eigenlorax"), TASKS)
 
 
 @pytest.fixture
@@ -63,11 +36,7 @@ def run(example, folder, capsys):
         always = ("--cache", folder / "cache", "--methods", METHODS, "--json", "-q")
         small = [f"--{name}={value}" for name, value in SMALL.items()]
         assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
-        with path.open() as file:
-            rows = [
-                {k: v for k, v in r.items() if k not in NOT_TIMED} for r in csv.DictReader(file)
-            ]
-        return rows, json.loads(capsys.readouterr().out)
+        return text_tasks.rows_of(path), json.loads(capsys.readouterr().out)
 
     return call
 

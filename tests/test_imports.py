@@ -28,7 +28,10 @@ ORDER = (
     "cli",
 )
 ASIDE = {"testing": ("checks", "ops", "adapters", "mixture")}  # for tests and benchmarks only
-OPTIONAL = ("transformers", "peft", "typer", "rich", "numpy", "scipy", "triton", "lora_fused._C")
+OPTIONAL = (
+    *("transformers", "peft", "typer", "rich", "numpy", "scipy", "yaml", "cma", "triton"),
+    "lora_fused._C",
+)
 PACKAGE = ROOT / "lora_fused"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
 

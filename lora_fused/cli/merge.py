@@ -1,7 +1,7 @@
 """``lora-fused merge``: several PEFT folders into one."""
 
 import math
-from collections import Counter
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -85,7 +85,7 @@ def merge(
     }
     options = {key: value for key, value in options.items() if value is not None}
     found, numbers, options = _asked(paths, weights, recipe, options)
-    target = _target(output, overwrite, dry_run)
+    target = _target(output, overwrite, dry_run, found)
     reporter = Reporter(quiet)
     bank = load(found, reporter, any_base, allow_pickle)
     given = dict(zip(bank.names, numbers, strict=True))
@@ -135,7 +135,7 @@ def _numbers(weights: str | None, found: list[Path]) -> list[float]:
     return numbers
 
 
-def _target(output: str | None, overwrite: bool, dry_run: bool) -> Path | None:
+def _target(output: str | None, overwrite: bool, dry_run: bool, found: list[Path]) -> Path | None:
     """The folder to write, which may be written; None in a dry run."""
     from lora_fused.io.peft import check_target
 
@@ -144,6 +144,9 @@ def _target(output: str | None, overwrite: bool, dry_run: bool) -> Path | None:
     if output is None:
         return None
     path = Path(output)
+    # Replaced, it would not be there for the recipe; found in a folder, it may be an older result.
+    if path.resolve() in {(p.parent if p.is_file() else p).resolve() for p in found}:
+        raise invalid("merge", "--output", "be none of the adapters merged", path)
     check_target(path, True, "merge")
     if not overwrite and path.exists() and any(path.iterdir()):
         raise FileExistsError(f"merge: {path} exists (--overwrite replaces it)")
@@ -152,12 +155,8 @@ def _target(output: str | None, overwrite: bool, dry_run: bool) -> Path | None:
 
 def load(found: list[Path], reporter: Reporter, any_base: bool, allow_pickle: bool) -> AdapterBank:
     from lora_fused.io import load_adapters
-    from lora_fused.io.peft import default_name
 
-    names = [default_name(path) for path in found]
-    counts = Counter(names)
-    # Checkpoints of several runs have one name: their paths tell them apart.
-    names = [str(p) if counts[n] > 1 else n for n, p in zip(names, found, strict=True)]
+    names = _distinct_names(found)
     with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
         return load_adapters(
             found,
@@ -166,6 +165,27 @@ def load(found: list[Path], reporter: Reporter, any_base: bool, allow_pickle: bo
             allow_pickle=allow_pickle,
             on_progress=lambda *_: advance(1),
         )
+
+
+def _distinct_names(found: list[Path]) -> list[str]:
+    """Names of adapters; checkpoints of one name in several runs with what tells their paths apart.
+
+    That must not depend on where the program runs: what DARE draws depends on names, and a recipe
+    has to repeat it.
+    """
+    from lora_fused.io.peft import default_name
+
+    groups: dict[str, list[str]] = {}
+    for path in found:
+        groups.setdefault(default_name(path), []).append(os.path.abspath(path))
+    names = []
+    for path in found:
+        name, full = default_name(path), os.path.abspath(path)
+        if len(groups[name]) > 1:
+            top = os.path.commonpath([os.path.dirname(other) for other in groups[name]])
+            name = Path(os.path.relpath(full, top)).as_posix()
+        names.append(name)
+    return names
 
 
 def _merged(bank: AdapterBank, weights: dict, options: dict, reporter: Reporter):

@@ -32,6 +32,8 @@ def similarity(
 
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise FileNotFoundError(f"similarity: no such folder: {Path(html).absolute().parent}")
+    if html is not None and Path(html).is_dir():
+        raise IsADirectoryError(f"similarity: --html names a folder: {html}")
     reporter, found = Reporter(quiet), expand(paths)
     bank = load(found, reporter, any_base, allow_pickle)
     with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:

@@ -6,7 +6,7 @@ import re
 import struct
 from collections import Counter
 
-from lora_fused.adapters import Adapter, LoraFactors
+from lora_fused.adapters import Adapter, LoraFactors, peft_config
 from lora_fused.checks import invalid
 from lora_fused.io.config import check_config, covers, rank_and_scale
 from lora_fused.io.gaps import gaps
@@ -71,23 +71,12 @@ def _new_config(adapter: Adapter) -> dict:
     ranks = Counter(part.lora_a.shape[0] for part in parts)
     alphas = Counter(_alpha(part, False) for part in parts)
     saved = {path.rpartition(".")[0] for path in adapter.saved} - adapter.modules.keys()
-    return {
-        "alpha_pattern": {},
-        "base_model_name_or_path": adapter.metadata.get("base_model"),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alphas.most_common(1)[0][0],
-        "lora_dropout": 0.0,
-        "modules_to_save": sorted(saved) or None,
-        "peft_type": "LORA",
-        "r": ranks.most_common(1)[0][0],
-        "rank_pattern": {},
-        "target_modules": sorted(adapter.modules),
-        "task_type": None,
-        "use_rslora": False,
-    }
+    alpha, rank = (counted.most_common(1)[0][0] for counted in (alphas, ranks))
+    config = peft_config(
+        sorted(adapter.modules), rank, alpha, base=adapter.metadata.get("base_model")
+    )
+    patterns = {"alpha_pattern": {}, "rank_pattern": {}, "modules_to_save": sorted(saved) or None}
+    return dict(sorted((config | patterns).items()))  # as a file is read
 
 
 def _rank(part: LoraFactors, rslora: bool) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
+from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import blocks, gram
 
 _OP = "ArrowRouter"
@@ -40,11 +41,12 @@ class ArrowRouter:
             candidates, whose ids in the bank are ``candidates[layer]``.
 
     Raises:
-        ValueError: a wrong argument, an unknown name, an embedding. RuntimeError, when called:
-            the bank has changed since.
+        ValueError: a wrong argument, an unknown name, an embedding, NaN in an adapter in training.
+            RuntimeError, when called: the bank has changed since; adapters added to layers that it
+            had are no candidates.
 
     Numerics:
-        Prototypes in float64, rounded once. Scores in x's dtype, as PEFT has them, and
+        Prototypes in float64, rounded once. Scores in the factors' dtype, as PEFT has them, and
         differentiable in x. The sign of v_k does not matter.
 
     Cost:
@@ -68,13 +70,10 @@ class ArrowRouter:
     ):
         if not isinstance(bank, AdapterBank) or not len(bank):
             raise invalid(_OP, "bank", "be an AdapterBank with adapters", repr(bank))
-        if isinstance(names, str) or (names is not None and not len(names)):
-            raise invalid(_OP, "names", "be a list of at least one name", repr(names))
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise invalid(_OP, "top_k", "be an integer of at least 1", repr(top_k))
+        wanted = sorted(map(bank.id, chosen_names(_OP, bank, names)))
+        check_whole(_OP, "top_k", top_k)
         if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
             raise invalid(_OP, "temperature", "be a positive number", repr(temperature))
-        wanted = sorted({bank.id(name) for name in (bank.names if names is None else names)})
         embedding = next((m for m, s in bank.stacks.items() if s.embedding), None)
         if embedding is not None:
             rule = "adapt linear layers only, for tokens have no direction"
@@ -91,10 +90,10 @@ class ArrowRouter:
 
     def __call__(self, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and weights ``[N, top_k]`` of x's N tokens."""
-        if self.bank.version != self._version:
+        if self.bank.version != self._version or layer not in self.prototypes:
             raise RuntimeError(
-                f"{_OP}: the bank must be as it was, got one after remove() or compact(); "
-                "make a new router"
+                f"{_OP}: the bank must be as it was, got one after remove(), compact() or add() "
+                f"of a new layer (at {layer!r}); make a new router"
             )
         held, ids = self._on(layer, x)
         tokens = x.reshape(-1, x.shape[-1]).to(held.dtype)
@@ -121,7 +120,10 @@ def prototypes(stack: AdapterStack, ids: Sequence[int]) -> Tensor:
     for part in blocks(stack, ids):
         q, r = torch.linalg.qr(part.lora_a.mT)
         lower = r.mT
-        power, turn = torch.linalg.eigh(lower.mT @ gram(part.lora_b) @ lower)
+        core = lower.mT @ gram(part.lora_b) @ lower
+        if not core.isfinite().all():
+            raise invalid(_OP, "adapters", "be finite", f"NaN or infinity among ids {part.ids}")
+        power, turn = torch.linalg.eigh(core)
         vectors = (q @ turn[..., -1:])[..., 0] * (power[:, -1:] > 0)
         found[[place[k] for k in part.ids]] = vectors
     return found.to(stack.lora_a.dtype)

@@ -14,7 +14,6 @@ unconstrained or lie on the simplex with exact zeros, and an entropy or an L1 te
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.methods.merging import Merged, merge
+from lora_fused.methods.progress import show
 from lora_fused.mixture import Mixture
 
 _OP = "LearnedComposition"
@@ -113,7 +113,7 @@ class LearnedComposition(nn.Module):
         super().__init__()
         if not isinstance(bank, AdapterBank):
             raise invalid(_OP, "bank", "be an AdapterBank", type(bank).__name__)
-        names = _names(bank, names)
+        names = chosen_names(_OP, bank, names)
         if constraint not in CONSTRAINTS:
             raise invalid(_OP, "constraint", f"be one of {CONSTRAINTS}", repr(constraint))
         self.bank, self.names, self.layers, self.constraint = bank, names, bank.modules, constraint
@@ -181,6 +181,9 @@ class LearnedComposition(nn.Module):
         parts = AdapterBank(dtype=self.bank.dtype, device=self.bank.device)
         adapters = [self._weighted(one, weights) for one in self.names]
         parts.add_many([adapter for adapter in adapters if adapter.modules])
+        if not len(parts):
+            rule = "hold one other than 0 where its adapter has the layer"
+            raise invalid(f"{_OP}.merged", "weights", rule, "none")
         options = {"combination_type": combination_type, "rank": rank, "energy": energy}
         options |= {"name": name, "dtype": dtype, "saved_modules": saved_modules}
         merged = merge(parts, dict.fromkeys(parts.names, 1.0), **options)
@@ -235,7 +238,7 @@ class LearnedComposition(nn.Module):
             after an interrupt or an error.
 
         Raises:
-            ValueError: a wrong argument; a loss that is no finite scalar.
+            ValueError: a wrong argument; a loss or a gradient that is not finite.
         """
         train = list(train)
         _check_fit(self, handle, batches, train, epochs, validation, patience, l1)
@@ -256,15 +259,18 @@ class LearnedComposition(nn.Module):
             fit = Fit([], [], -1)
             for epoch in range(epochs):
                 fit.losses.append(_mean(step(batch) for batch in batches))
+                if not all(p.isfinite().all() for p in values):
+                    raise invalid(_FIT, "loss", "have finite gradients", "NaN or infinity")
                 if validation is not None:
                     with torch.no_grad(), handle.mix(self.mixture()):
                         fit.validation.append(_mean(_scalar(loss(b)).item() for b in validation))
-                compared = fit.validation or fit.losses[-1:]
-                if compared[-1] <= min(compared):
+                earlier = fit.validation[:-1]
+                if not earlier or fit.validation[-1] < min(earlier):
                     fit = fit._replace(best=epoch)
                     kept.update()
                 stops = patience is not None and epoch - fit.best >= patience
-                _show(progress, epoch + 1, epochs, fit, stops)
+                done = epoch + 1
+                show(progress, done, epochs, _line(done, epochs, fit), ends=stops or done == epochs)
                 if stops:
                     break
         optimizer.zero_grad()
@@ -302,14 +308,15 @@ def _few(value: object) -> str:
     return f"{value[:6]} and {len(value) - 6} more"
 
 
-def _names(bank: AdapterBank, names: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_names(op: str, bank: AdapterBank, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names asked for, or all of the bank's; each known and there once."""
     if isinstance(names, str):
-        raise invalid(_OP, "names", "be a list of names", repr(names))
+        raise invalid(op, "names", "be a list of names", repr(names))
     names = tuple(bank.names if names is None else names)
     for name in names:
         bank.id(name)
     if not names or len(set(names)) < len(names):
-        raise invalid(_OP, "names", "be distinct, and at least one", list(names))
+        raise invalid(op, "names", "be distinct, and at least one", list(names))
     return names
 
 
@@ -387,11 +394,6 @@ class _Kept(contextlib.AbstractContextManager):
             p.copy_(value)
 
 
-def _show(progress, done: int, total: int, fit: Fit, stops: bool) -> None:
-    if callable(progress):
-        progress(done, total)
-    elif progress and sys.stderr.isatty():
-        last = f", validation {fit.validation[-1]:.4f}" if fit.validation else ""
-        line = f"\repoch {done} of {total}, loss {fit.losses[-1]:.4f}{last}"
-        end = "\n" if stops or done == total else ""
-        print(line, end=end, file=sys.stderr, flush=True)
+def _line(done: int, total: int, fit: Fit) -> str:
+    last = f", validation {fit.validation[-1]:.4f}" if fit.validation else ""
+    return f"epoch {done} of {total}, loss {fit.losses[-1]:.4f}{last}"

@@ -12,19 +12,19 @@ R_k A_k s_k with R_k from B_k, V_B likewise.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from lora_fused.adapters import AdapterBank
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
 from lora_fused.methods import products
 from lora_fused.methods.basis import Directions, SharedBasis, principal, take_out
 from lora_fused.methods.clusters import SubspaceClusters, cluster
 from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.jd_diag import diagonal_basis
 from lora_fused.methods.products import Updates
+from lora_fused.methods.progress import show
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
 from lora_fused.ops import stacked_svd
@@ -245,15 +245,9 @@ def _ranked(rank: int) -> dict:
 
 def _shown(items: list, progress, what: str = _OP) -> Iterator:
     """The items; after each the caller, or a line on a terminal, hears how many are done."""
-    report = progress if callable(progress) else None
-    line = progress is True and sys.stderr.isatty()
     for done, item in enumerate(items, 1):
         yield item
-        if report is not None:
-            report(done, len(items))
-        elif line:
-            end = "\n" if done == len(items) else ""
-            print(f"\r{what}: {done} of {len(items)}", end=end, file=sys.stderr, flush=True)
+        show(progress, done, len(items), f"{what}: {done} of {len(items)}")
 
 
 def _check(bank, rank, energy, method, keep_mean, center, weighting, augment) -> None:
@@ -266,9 +260,8 @@ def _check(bank, rank, energy, method, keep_mean, center, weighting, augment) ->
     if (rank is None) == (energy is None):
         raise invalid(_OP, "rank and energy", "be given one of the two", f"{rank} and {energy}")
     for label, value, least in (("rank", rank, 1), ("augment", augment, 0)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and (not whole or value < least):
-            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
+        if value is not None:
+            check_whole(_OP, label, value, least)
     if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise invalid(_OP, "energy", "be a number in (0, 1]", repr(energy))
     if energy is not None and method == "jd_diag":

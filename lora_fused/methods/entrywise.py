@@ -134,7 +134,9 @@ def _drawn(key: str, seed: int, start: int, count: int, density: float) -> Tenso
     # Two draws of 32 bits from each of 64: several times as fast as bernoulli_.
     bits = torch.empty((count + 1) // 2, dtype=torch.int64)
     bits.random_(-(2**63), None, generator=generator)
-    return bits.view(torch.int32)[:count] < round(density * 2**32) - 2**31
+    # Kept below this; 1 - 2^-33 and more would round to a number that int32 does not have.
+    kept = min(round(density * 2**32), 2**32 - 1) - 2**31
+    return bits.view(torch.int32)[:count] < kept
 
 
 @dataclass(frozen=True)

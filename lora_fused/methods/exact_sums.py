@@ -1,7 +1,8 @@
 """The exact sums D = sum_k w_k s_k B_k A_k of layers, and what becomes of them from factors alone.
 
-cat joins the factors, svd finds the best approximation of a rank, linear adds the factors; no
-matrix of a layer's size is formed. Everything is a batch of layers of equal sizes, in float64.
+cat joins the factors, svd finds the best approximation of a rank, linear adds the factors; a matrix
+of a layer's size is formed only where the factors are larger, and for its norm alone. Everything is
+a batch of layers of equal sizes, in float64.
 """
 
 from collections.abc import Iterator, Sequence

@@ -14,7 +14,6 @@ base model, is a candidate, so the result is never worse on the examples than th
 import contextlib
 import dataclasses
 import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import check_whole, invalid, shape
+from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import rows_of
+from lora_fused.methods.progress import show
 from lora_fused.mixture import Mixture
 
 _OP = "lorahub"
@@ -81,7 +82,8 @@ def lorahub(
             A batch is ``examples``, or a part, repeated along the first axis.
         examples: A tensor, or a dict, list or tuple of tensors with one first axis.
         names: Adapters to weigh. Default: all.
-        candidates: Evaluations in all (LoraHub's max_inference_step).
+        candidates: Evaluations at most (LoraHub's max_inference_step); a search that has
+            converged ends before.
         mix: ``"products"``, or ``"factors"`` for parity with the paper's code; ranks and scales
             must agree then. The bank holds a few adapters more meanwhile; its version changes.
         bound: Weights stay within [-bound, bound].
@@ -107,7 +109,13 @@ def lorahub(
         ...     model.generate(**batch)
     """
     cma, numpy = _packages()
-    bank, names = _checked(handle, names, candidates, mix, bound, step, population, max_rows)
+    bank, names = _checked(handle, names, mix)
+    check_whole(_OP, "candidates", candidates)
+    if population is not None:
+        check_whole(_OP, "population", population, least=2)
+    check_whole(_OP, "max_rows", max_rows)
+    check_whole(_OP, "seed", seed, least=0)
+    _check_sizes(bound=bound, step=step, l1=l1)
     evaluate = _Evaluation(bank, handle, losses, examples, names, max_rows)
     draw = numpy.random.default_rng(seed)
     options = {
@@ -133,7 +141,8 @@ def lorahub(
             if len(weights) == len(asked):
                 scores = found[-1] + l1 * weights.double().abs().mean(-1)
                 search.tell(asked, scores.tolist())
-            _show(progress, done, candidates)
+            total = done if search.stop() else candidates
+            show(progress, done, total, f"{_OP}: {done} of {total} candidates")
     tried, found = torch.cat(tried), torch.cat(found)
     best = int((found + l1 * tried.double().abs().mean(-1)).argmin())
     weights = dict(zip(names, tried[best].tolist(), strict=True))
@@ -143,7 +152,10 @@ def lorahub(
 
 @torch.no_grad()
 def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lorahub") -> Adapter:
-    """(sum_k w_k B_k) (sum_k w_k A_k) with the scale that all share: the sum of LoraHub's code."""
+    """(sum_k w_k B_k) (sum_k w_k A_k) with the scale that all share: the sum of LoraHub's code.
+
+    Fully trained modules (modules_to_save) are left out.
+    """
     names = tuple(weights)
     _check_factors(bank, names)
     values = torch.tensor([list(weights.values())], dtype=torch.float32)
@@ -154,6 +166,9 @@ def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lo
             sides = (side[0] for side in _mixed(bank, layer, names, values))
             modules[layer] = LoraFactors(*sides, float(stack.scale[first]), stack.embedding)
     config = bank.metadata[names[0]].get("config")
+    if config is not None and any(one in bank.saved for one in names):
+        # A task type would make PEFT look for the head that was left out.
+        config = config | {"task_type": None}
     return Adapter(name, modules, metadata={} if config is None else {"config": dict(config)})
 
 
@@ -257,31 +272,25 @@ def _check_factors(bank: AdapterBank, names: tuple[str, ...]) -> None:
             raise invalid(_OP, "mix", rule, f"'factors' at {layer!r}, {sorted(facts)}")
 
 
-def _checked(handle, names, candidates, mix, bound, step, population, max_rows) -> tuple:
+def _checked(handle, names, mix: str) -> tuple[AdapterBank, tuple[str, ...]]:
     bank = getattr(handle, "bank", None)
     if not isinstance(bank, AdapterBank):
         raise invalid(_OP, "handle", "be that of an attached model", type(handle).__name__)
-    if isinstance(names, str):
-        raise invalid(_OP, "names", "be a list of names", repr(names))
-    names = tuple(bank.names if names is None else names)
-    for name in names:
-        bank.id(name)
-    if not names or len(set(names)) < len(names):
-        raise invalid(_OP, "names", "be distinct, and at least one", list(names))
+    names = chosen_names(_OP, bank, names)
     if handle.model.training:
         rule = "be in eval mode (model.eval()), for dropout would drown the candidates' losses"
         raise invalid(_OP, "model", rule, "train mode")
     if mix not in MIXES:
         raise invalid(_OP, "mix", f"be one of {MIXES}", repr(mix))
-    wholes = {"candidates": (candidates, 1), "population": (population, 2)}
-    for label, (value, least) in (wholes | {"max_rows": (max_rows, 1)}).items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and value >= least) and not (value is None and label == "population"):
-            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
-    for label, value in (("bound", bound), ("step", step)):
-        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise invalid(_OP, label, "be a positive number", repr(value))
     return bank, names
+
+
+def _check_sizes(**values: float) -> None:
+    for label, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        rule = "be 0 or a positive number" if label == "l1" else "be a positive number"
+        if not number or not 0 <= value < float("inf") or (not value and label != "l1"):
+            raise invalid(_OP, label, rule, repr(value))
 
 
 def _packages() -> tuple:
@@ -322,11 +331,3 @@ def _repeated(examples: object, first: int, count: int, times: int) -> object:
     if isinstance(examples, Mapping):
         return {k: _repeated(v, first, count, times) for k, v in examples.items()}
     return type(examples)([_repeated(v, first, count, times) for v in examples])
-
-
-def _show(progress, done: int, total: int) -> None:
-    if callable(progress):
-        progress(done, total)
-    elif progress and sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{_OP}: {done} of {total} candidates", end=end, file=sys.stderr, flush=True)

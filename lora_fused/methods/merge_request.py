@@ -7,7 +7,7 @@ from typing import SupportsFloat
 import torch
 
 from lora_fused.adapters import BASE, AdapterBank
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
 from lora_fused.methods.entrywise import RULES, Entrywise
 from lora_fused.methods.exact_sums import Used
 
@@ -110,6 +110,9 @@ def _rule(combination_type: str, density, majority_sign_method, seed) -> Entrywi
     if majority_sign_method not in ("total", "frequency"):
         got = repr(majority_sign_method)
         raise invalid(OP, "majority_sign_method", "be 'total' or 'frequency'", got)
+    if majority_sign_method != "total" and not (rule or "").endswith("ties"):
+        got = f"{majority_sign_method!r} for {combination_type!r}"
+        raise invalid(OP, "majority_sign_method", "be given for rules that elect signs only", got)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise invalid(OP, "seed", "be an integer", repr(seed))
     return None if rule is None else Entrywise(rule, density, majority_sign_method, seed)
@@ -146,8 +149,8 @@ def _check_options(combination_type, rank, energy, name, dtype) -> None:
             raise invalid(OP, label, rule, got)
     if rank is not None and energy is not None:
         raise invalid(OP, "rank and energy", "not both be given", f"{rank} and {energy}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise invalid(OP, "rank", "be an integer of at least 1", repr(rank))
+    if rank is not None:
+        check_whole(OP, "rank", rank)
     if energy is not None and (not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise invalid(OP, "energy", "be a number in (0, 1]", repr(energy))
     if not isinstance(name, str) or not name or name == BASE:

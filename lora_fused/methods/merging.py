@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors, peft_config
 from lora_fused.checks import invalid
 from lora_fused.methods import exact_sums
 from lora_fused.methods.core_space import merge_cores, merge_knots
@@ -98,9 +98,10 @@ def merge(
 
     Cost:
         T the sum of the ranks: T^2 (I + O) multiply-adds a module, modules of equal shapes batched;
-        entrywise rules go over each adapter's matrix twice more. Only "_svd" forms [O, I] matrices,
-        of one adapter at a time: beside the factors, memory does not grow with the adapters; with
-        ``energy``, or a rank of a quarter of a side, it decomposes them in full.
+        entrywise rules go over each adapter's matrix twice more. "_svd" forms [O, I] matrices, of
+        one adapter at a time: beside the factors, memory does not grow with the adapters; with
+        ``energy``, or a rank of a quarter of a side, it decomposes them in full. All others form
+        one only to measure the error, where T (I + O) > I O makes that the cheaper way.
 
     Example:
         >>> adapter, report = merge(bank, {"math": 0.7, "code": -0.2}, combination_type="svd")
@@ -199,26 +200,19 @@ def _results(
 
 
 def _config(bank: AdapterBank, used: Sequence[Used], parts: dict[str, LoraFactors]) -> dict:
-    """A PEFT config for the result; lora_fused.io adds patterns where modules differ from it."""
+    """A PEFT config for the result."""
     configs = [bank.metadata[one.name].get("config") or {} for one in used]
     kinds = {config.get("task_type") for config in configs}
     saved = any(one.name in bank.saved for one in used)
     rank = Counter(part.lora_a.shape[0] for part in parts.values()).most_common(1)[0][0]
     scale = Counter(part.scale for part in parts.values()).most_common(1)[0][0]
-    return {
-        "base_model_name_or_path": next(
-            (path for config in configs if (path := config.get("base_model_name_or_path"))), None
-        ),
-        "bias": "none",
-        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank if scale == 1 else scale * rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(parts),
+    bases = (config.get("base_model_name_or_path") for config in configs)
+    return peft_config(
+        sorted(parts),
+        rank,
+        rank if scale == 1 else scale * rank,
+        base=next((path for path in bases if path), None),
+        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
         # A task type would make PEFT look for the head that was left out.
-        "task_type": kinds.pop() if len(kinds) == 1 and not saved else None,
-        "use_rslora": False,
-    }
+        task_type=kinds.pop() if len(kinds) == 1 and not saved else None,
+    )

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors
-from lora_fused.checks import invalid, shape
+from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors, peft_config
+from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.basis import SharedBasis, extended_basis
 from lora_fused.methods.cores import core_of, diagonals, pair_of, resized
 from lora_fused.methods.subspace_errors import SubspaceErrors, reconstruction_errors
@@ -211,7 +211,7 @@ class Subspace:
             ids = self.cores.add_many(
                 [_core(adapter, bases, self.diagonal) for adapter in adapters]
             )
-        except ValueError:
+        except BaseException:  # also of an interrupt: turned cores fit no old basis
             for module, state in held.items():
                 self.cores.stacks[module]._commit(*state)
             raise
@@ -233,7 +233,7 @@ class Subspace:
         Raises:
             ValueError: cores in training, or "jd_diag", whose directions have no order.
         """
-        _check_rank("Subspace.truncated", rank)
+        check_whole("Subspace.truncated", "rank", rank)
         self._check_frozen("Subspace.truncated")
         if self.diagonal:
             rule = "have directions in order of their energy"
@@ -283,6 +283,7 @@ class Subspace:
             core = dataclasses.replace(self.project(start), name=name)
         else:
             core = self._fresh(name, rank, alpha, modules, start, std, seed)
+        AdapterBank().add(core)  # what it refuses must not end the training of another task either
         self.cores.freeze()
         self.cores.add(core)
         return self.cores.trainable([name])
@@ -313,7 +314,7 @@ class Subspace:
         B ``strength`` times those of basis_b; 0: the update begins at zero, as LoRA's. All of A and
         B train. A layer whose basis is smaller has the rank that it gives.
         """
-        _check_rank("Subspace.initial_adapter", rank)
+        check_whole("Subspace.initial_adapter", "rank", rank)
         alpha = rank if alpha is None else alpha
         parts = {}
         for module, basis in self.bases.items():
@@ -326,7 +327,7 @@ class Subspace:
         if start not in ("zero", "random"):
             rule = "be 'zero', 'random' or an Adapter"
             raise invalid("Subspace.new_task", "start", rule, repr(start))
-        _check_rank("Subspace.new_task", rank)
+        check_whole("Subspace.new_task", "rank", rank)
         rank = 1 if self.diagonal else rank
         alpha = rank if alpha is None else alpha
         modules = list(self.bases if modules is None else modules)
@@ -345,21 +346,8 @@ class Subspace:
         return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
 
     def _config(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
-        """A PEFT config of a new adapter; lora_fused.io adds patterns where modules differ."""
-        return {
-            "base_model_name_or_path": next(iter(self.base_names), None),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "peft_type": "LORA",
-            "r": rank,
-            "target_modules": sorted(parts),
-            "task_type": None,
-            "use_rslora": False,
-        }
+        """A PEFT config of a new adapter."""
+        return peft_config(sorted(parts), rank, alpha, base=next(iter(self.base_names), None))
 
     def _check_frozen(self, op: str) -> None:
         if any(stack.trained for stack in self.cores.stacks.values()):
@@ -377,11 +365,6 @@ class Subspace:
                 if [part.lora_a.shape[1], part.lora_b.shape[1]] != sizes:
                     got = f"{shape(part.lora_a)} and {shape(part.lora_b)}"
                     raise invalid(op, where, f"have sizes (I, O) = {tuple(sizes)}", got)
-
-
-def _check_rank(op: str, rank: int) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise invalid(op, "rank", "be an integer of at least 1", repr(rank))
 
 
 def _core(adapter: Adapter, bases: dict[str, SharedBasis], diagonal: bool) -> Adapter:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import AdapterBank
-from lora_fused.checks import invalid
+from lora_fused.checks import check_whole, invalid
 from lora_fused.methods.basis import Directions, SharedBasis
 from lora_fused.methods.clusters import similarity
 from lora_fused.methods.controls import regauged, unrelated
@@ -25,6 +24,7 @@ from lora_fused.methods.cores import cores_of_bank
 from lora_fused.methods.eigenlorax import fit_subspace, leave_one_out
 from lora_fused.methods.initialisations import shared_initialisations
 from lora_fused.methods.products import Updates, norms
+from lora_fused.methods.progress import show
 from lora_fused.methods.subspace import FitOptions, Subspace
 from lora_fused.methods.subspace_errors import SubspaceErrors
 from lora_fused.methods.subspace_verdict import Verdict, verdict_of
@@ -260,7 +260,8 @@ def subspace_report(
         >>> report.save_html("report.html")
     """
     bank, skipped = _common(subspace, bank)
-    _check_counts(null_draws=(null_draws, 1), sample=(sample, 2))
+    check_whole(_OP, "null_draws", null_draws)
+    check_whole(_OP, "sample", sample, least=2)
     left, mapped = _drawn(bank.names, names, sample, seed)
     at_once = max(1, len(bank) // _SAMPLE)
     step = _counter(progress, (1 + null_draws) * (-(-len(left) // at_once) + 1))
@@ -326,12 +327,6 @@ def _drawn(
     return [name for name in known if name in left], [name for name in known if name in shown]
 
 
-def _check_counts(**counts: tuple[int, int]) -> None:
-    for label, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise invalid(_OP, label, f"be an integer of at least {least}", repr(value))
-
-
 def _common(subspace: Subspace, bank: AdapterBank) -> tuple[AdapterBank, list[str]]:
     if not isinstance(subspace, Subspace):
         raise invalid(_OP, "subspace", "be a Subspace", type(subspace).__name__)
@@ -363,11 +358,7 @@ def _counter(progress, total: int) -> Callable:
     def step(*_) -> None:
         nonlocal done
         done += 1
-        if callable(progress):
-            progress(done, total)
-        elif progress and sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r{_OP}: {done} of {total}", end=end, file=sys.stderr, flush=True)
+        show(progress, done, total, f"{_OP}: {done} of {total}")
 
     return step
 

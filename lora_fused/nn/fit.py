@@ -82,10 +82,7 @@ def targets(
     names = [name for name in bank.stacks if wanted(name)]
     if not names:
         raise invalid(_OP, "modules", "take in a module of the bank", "none of them")
-    unknown = [name for name in names if name not in modules]
-    if unknown:
-        got = unknown_modules(unknown, modules)
-        raise invalid(_OP, "model", "have every module of the bank", got)
+    check_present(names, modules, "the bank")
     for name in names:
         basis = None if bases is None else bases[name]
         _check_target(f"module {name!r}", modules[name], bank.stacks[name], basis)
@@ -130,15 +127,21 @@ def _check_target(
         raise invalid(_OP, what, rule, layer_sizes(module))
 
 
-def unknown_modules(names: list[str], modules: dict[str, nn.Module]) -> str:
-    """What an error says of names that are no modules, with close ones that are."""
+def check_present(
+    names: list[str], modules: dict[str, nn.Module], whose: str, op: str = _OP
+) -> None:
+    """Check that all names are modules; the error says which are not, and close ones that are."""
+    unknown = [name for name in names if name not in modules]
+    if not unknown:
+        return
     known = [name for name, module in modules.items() if layer_class(module) is not None]
     lines = []
-    for name in names[:5]:
+    for name in unknown[:5]:
         close = get_close_matches(name, known, n=2, cutoff=0.5)
         lines.append(f"{name!r} (close: {', '.join(map(repr, close)) or 'none'})")
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"no {', '.join(lines)}{more}"
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    got = f"no {', '.join(lines)}{more}"
+    raise invalid(op, "model", f"have every module of {whose}", got)
 
 
 def check_base(bank: AdapterBank, model: nn.Module, op: str = _OP) -> None:

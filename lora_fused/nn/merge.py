@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route, Row
-from lora_fused.nn.fit import check_base, check_distinct, unknown_modules
+from lora_fused.nn.fit import check_base, check_distinct, check_present
 from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
 from lora_fused.nn.saved import saved_of
 
@@ -167,14 +167,21 @@ class MergedBase(contextlib.AbstractContextManager):
         self._undone = True
 
 
-def _checksum(parameter: nn.Parameter) -> tuple[torch.dtype, int]:
-    """What changes when any value does: the sum of all bit patterns, which no order affects.
+def _checksum(parameter: nn.Parameter) -> tuple[torch.dtype, int, int]:
+    """What changes when values do or trade places: sums of bit patterns, rows and columns numbered.
 
-    Not the version counter: views of one storage share theirs, and a later merge that was undone
-    raises it too.
+    Integers, so no order of summation matters. Not the version counter: views of one storage share
+    theirs, and a later merge that was undone raises it too.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.dtype, int(parameter.detach().view(bits).sum(dtype=torch.int64))
+    rows, columns = [], 0
+    for part in parameter.detach().view(bits).split(64):  # in cache: a third of one sum's time
+        part = part.long()
+        rows.append(part.sum(1))
+        columns = columns + part.sum(0)
+    return parameter.dtype, *(
+        int((s * torch.arange(1, len(s) + 1).to(s)).sum()) for s in (torch.cat(rows), columns)
+    )
 
 
 def _merged_weight(name: str, module: nn.Module, stack: AdapterStack, terms: dict) -> Tensor:
@@ -240,10 +247,7 @@ def _targets(bank: AdapterBank, named: dict[str, nn.Module], route: Route) -> di
     names = [name for name in bank.modules if _of_layer(route, bank, name)]
     if not names:
         raise invalid(_OP, "mixture", "change at least one module", "weights of 0 or no adapter")
-    unknown = [name for name in names if name not in named]
-    if unknown:
-        got = unknown_modules(unknown, named)
-        raise invalid(_OP, "model", "have every module of the adapters", got)
+    check_present(names, named, "the adapters", _OP)
     for name in names:
         _check_module(name, named[name], bank.stacks[name])
     check_distinct({name: named[name] for name in names}, _OP)

@@ -116,10 +116,31 @@ def test_nothing_is_replaced_unasked(run, folders, tmp_path):
     fault(refused, "exists and is not an adapter folder")
 
 
-def test_checkpoints_of_one_name_are_told_apart(run, make_adapter, tmp_path):
+def test_an_output_that_is_merged_itself_is_refused(run, folders, tmp_path):
+    """Else the same line, run twice over a folder that holds its result, would merge that too."""
+    out = tmp_path / "in" / "out"
+    assert run("merge", tmp_path / "in", "-o", out, "-q").exit_code == 0
+    before = (out / "adapter_model.safetensors").read_bytes()
+    for paths in ([tmp_path / "in"], [folders[0], out / "adapter_model.safetensors"]):
+        done = run("merge", *paths, "-o", out, "--overwrite", "-q")
+        fault(done, "--output must be none of the adapters merged")
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_checkpoints_of_one_name_are_told_apart(run, make_adapter, tmp_path, monkeypatch):
+    """By names that stay where the recipe is run from elsewhere: DARE draws by them."""
     pair = [make_adapter(f"{run_}/checkpoint-1", seed) for seed, run_ in enumerate("ab")]
     found = said(run("merge", *pair, "--dry-run", "--json", "-q"))
-    assert [one["name"] for one in found["adapters"]] == [str(path) for path in pair]
+    assert [one["name"] for one in found["adapters"]] == ["a/checkpoint-1", "b/checkpoint-1"]
+    monkeypatch.chdir(tmp_path)
+    here = [path.relative_to(tmp_path) for path in pair]
+    options = ("--type", "dare_linear_svd", "--density", 0.5, "-q")
+    assert run("merge", *here, *options, "-o", "out").exit_code == 0
+    monkeypatch.chdir(tmp_path / "a")
+    assert run("merge", "--recipe", "../out/recipe.yaml", "-o", "../again", "-q").exit_code == 0
+    assert same(tmp_path / "again", read_adapter(tmp_path / "out"))
+    other = run("merge", *pair, *options, "--seed", 1, "-o", tmp_path / "other")
+    assert other.exit_code == 0 and not same(tmp_path / "other", read_adapter(tmp_path / "out"))
 
 
 RECIPES = {

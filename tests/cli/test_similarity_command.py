@@ -63,6 +63,7 @@ def test_adapters_that_change_nothing_are_dashes(run, make_adapter):
     (["mr"], [], "similarity: bank must hold at least two adapters, got 1"),
     (["mr", "none"], [], "no such file or folder"),
     (["mr", "cr"], ["--html", "no/such/page.html"], "similarity: no such folder:"),
+    (["mr", "cr"], ["--html", "."], "similarity: --html names a folder: ."),
     (["mr", "mr"], [], "names must be distinct"),
 ], ids=lambda value: str(value)[:20])  # fmt: skip
 def test_faults_are_one_line(run, folders, tmp_path, names, options, text):

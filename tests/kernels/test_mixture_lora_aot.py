@@ -3,13 +3,11 @@
 PYTHONPATH=tests python tests/kernels/test_mixture_lora_aot.py    # write the budget anew
 """
 
-import csv
 import importlib.util
-from dataclasses import asdict
 
 import pytest
 import torch
-from support import ROOT, aot
+from support import ROOT, aot, budget
 
 # What each way of the op launches, and the kernels that it must come to (stages of the names).
 CASES = {
@@ -37,13 +35,6 @@ CASES = {
     "overlapped": ({"rows": 64, "pdl": True}, ["shrink", "expand"]),
 }
 BUDGET = ROOT / "benchmarks" / "results" / "mixture_lora_aot.csv"
-KEY = ("case", "kernel", "target")
-FIELDS = (
-    *KEY,
-    *("threads", "registers", "spills", "shared", "loads", "wide_loads", "mma", "occupancy"),
-    *("triton",),
-)
-
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -82,15 +73,7 @@ def launch(
 
 
 def measured() -> list[dict]:
-    import triton
-
-    cases = [case for case, _ in CASES.values()]
-    rows = [asdict(c) for c in aot.compile_launches(launch, cases)]
-    for row in rows:
-        row |= {"case": list(CASES)[row["case"]], "triton": triton.__version__}
-        row["kernel"] = row["kernel"].removeprefix("_mixture_lora_").removesuffix("_kernel")
-        row["occupancy"] = round(row["occupancy"], 3)
-    return rows
+    return budget.measure(launch, {k: case for k, (case, _) in CASES.items()}, "mixture_lora")
 
 
 @pytest.fixture(scope="module")
@@ -119,24 +102,8 @@ def test_the_stack_is_read_16_bytes_at_a_time(compiled, target):
 
 
 def test_nothing_became_dearer(compiled):
-    """Registers, shared memory and occupancy; a change for the better wants a new budget too."""
-    import triton
-
-    with BUDGET.open(newline="") as file:
-        budget = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
-    if {row["triton"] for row in budget.values()} != {triton.__version__}:
-        pytest.skip(f"the budget is of another Triton than {triton.__version__}")
-    assert {tuple(c[k] for k in KEY) for c in compiled} == set(budget)
-    for c in compiled:
-        allowed = budget[tuple(c[k] for k in KEY)]
-        for field in ("registers", "shared"):
-            assert c[field] <= int(allowed[field]), (field, c, allowed)
-        for field in ("occupancy", "wide_loads"):
-            assert c[field] >= float(allowed[field]), (field, c, allowed)
+    budget.compare(compiled, BUDGET)
 
 
 if __name__ == "__main__":
-    with BUDGET.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(measured())
+    budget.write(measured(), BUDGET)

@@ -1,6 +1,7 @@
 """What subspace_lora moves: the bases once, whatever the adapters, and of these the cores alone."""
 
 import pytest
+from support.traffic import assert_predicted
 
 from lora_fused.testing import error
 
@@ -70,12 +71,7 @@ def test_the_model_moves_the_bytes_that_the_counter_sees(counted, form):
         tile = tile_of(PROJECT, work.N, False)
         first = basis_model.project(work.N, work.I, tile, work.I, work.J, used)
         expected = [first, last]
-    for launch, predicted in zip(counter.launches, expected, strict=True):
-        # Beside rows, bases, cores, z and t, programs read their ids, weights and row_start.
-        assert 0 <= launch.dram_bytes - predicted.dram <= 0.02 * predicted.dram
-        assert 0 <= launch.l2_bytes - predicted.total <= 0.06 * predicted.total
-        assert 0 <= launch.largest_program - predicted.largest <= 0.06 * predicted.largest
-        assert launch.storing_programs == predicted.programs
+    assert_predicted(counter.launches, expected)
 
 
 def test_the_tiles_of_the_model_are_printed():

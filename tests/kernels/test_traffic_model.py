@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from support.traffic import assert_predicted
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -25,12 +26,7 @@ def test_bytes_are_those_that_the_counter_sees(name):
     alone = len(counter.launches) == 1
     expected = [model.one(ids, work.R, work.I)] if alone else model.two(ids, work.R, work.I)
     assert alone == (name == "one_row")
-    for counted, predicted in zip(counter.launches, expected, strict=True):
-        # Beside x, A, B, base, h and y, programs read their ids, weights and blocks.
-        assert 0 <= counted.dram_bytes - predicted.dram <= 0.02 * predicted.dram
-        assert 0 <= counted.l2_bytes - predicted.total <= 0.06 * predicted.total
-        assert 0 <= counted.largest_program - predicted.largest <= 0.06 * predicted.largest
-        assert counted.storing_programs == predicted.programs
+    assert_predicted(counter.launches, expected)
 
 
 def test_tables_are_printed():

@@ -156,8 +156,8 @@ def test_subtracts_what_general_adapters_share():
     "options, what",
     [
         ({"names": ["x"]}, "name must be a loaded adapter"),
-        ({"names": "a"}, "names must be a list of at least one name"),
-        ({"names": []}, "names must be a list of at least one name"),
+        ({"names": "a"}, "names must be a list of names, got 'a'"),
+        ({"names": []}, "names must be distinct, and at least one"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
     ],
@@ -183,3 +183,33 @@ def test_rejects_embeddings_and_banks_that_changed():
         pytest.raises(RuntimeError, match="the bank must be as it was"),
     ):
         handle.model(tokens())
+
+
+def test_adapters_added_later_are_no_candidates_and_their_new_layers_refused():
+    bank = AdapterBank()
+    bank.add(adapter("a", 1, 2, ["up"]))
+    router = ArrowRouter(bank)
+    bank.add(adapter("b", 2, 2))
+    assert router("up", torch.ones(3, 8))[0].unique().tolist() == [0]
+    with pytest.raises(RuntimeError, match=r"got one after .* of a new layer \(at 'down'\)"):
+        router("down", torch.ones(3, 12))
+
+
+@pytest.mark.parametrize("side", "ab")
+def test_refuses_adapters_in_training_that_are_not_finite(side):
+    bank = bank_of()
+    bank.trainable(["b"])
+    getattr(bank.stacks["up"], f"trained_{side}_1").data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"be finite, got NaN or infinity among ids \[1\]"):
+        ArrowRouter(bank)
+
+
+def test_scores_are_made_in_the_dtype_of_the_factors():
+    """bfloat16 adapters under a float32 model, as PEFT casts x: ties of bfloat16 are ties here."""
+    router = ArrowRouter(bank_of(torch.bfloat16), top_k=2)
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    v = router.prototypes["up"]
+    score = (x.bfloat16() @ v.T).abs().topk(2, dim=-1)
+    ids, weights = router("up", x)
+    assert weights.dtype == v.dtype == torch.bfloat16
+    assert torch.equal(weights, score.values.softmax(-1)) and torch.equal(ids, score.indices.int())

@@ -240,6 +240,9 @@ def test_merged_leaves_out_what_has_no_weight():
     found, _ = composition.merged(name="one")
     (layer,) = found.modules
     assert layer == "up" and found.modules[layer].lora_a.shape[0] == 5
+    composition.logits.data.zero_()
+    with pytest.raises(ValueError, match=r"merged: weights must hold one other than 0 .* got none"):
+        composition.merged()
 
 
 @pytest.mark.parametrize(

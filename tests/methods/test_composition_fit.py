@@ -98,6 +98,15 @@ def test_early_stopping_keeps_the_best_epoch():
     assert not torch.equal(problem.composition.logits, seen[-1][2])
 
 
+def test_a_validation_that_stays_the_same_is_no_better():
+    problem = Problem()
+    good = problem.loss
+    problem.loss = lambda batch: torch.tensor(0.25) if batch == "constant" else good(batch)
+    fit = problem.fit(validation=["constant"], patience=3)
+    assert fit.best == 0 and fit.validation == [0.25] * 4
+    assert problem.fit(epochs=5).best == 4, "without validation the last epoch counts"
+
+
 def test_an_error_leaves_the_best_values_and_no_mixture():
     problem = Problem()
     start, head = problem.composition.logits.detach().clone(), problem.head.weight.detach().clone()
@@ -116,6 +125,17 @@ def test_an_error_leaves_the_best_values_and_no_mixture():
     assert "idle" in repr(problem.handle)
 
 
+def test_a_gradient_that_is_not_finite_is_refused_after_the_last_step_too():
+    problem = Problem()
+    start, good = problem.composition.logits.detach().clone(), problem.loss
+    # Its value is that of the loss; the derivative of the root at 0 is infinite.
+    problem.loss = lambda batch: good(batch) + (0 * problem.composition().sum()).sqrt()
+    problem.batches = problem.batches[:1]
+    with pytest.raises(ValueError, match="loss must have finite gradients, got NaN or infinity"):
+        problem.fit(epochs=1)
+    assert torch.equal(problem.composition.logits, start)
+
+
 @pytest.mark.parametrize(
     "options, what",
     [
@@ -126,7 +146,7 @@ def test_an_error_leaves_the_best_values_and_no_mixture():
         ({"l1": 0.1}, "constraint must be 'none'"),
         ({"train": [torch.ones(2)]}, "train must hold Parameters that require grad"),
     ],
-    ids=str,
+    ids=["epochs", "patience", "one_shot", "empty", "l1", "train"],
 )
 def test_rejects(options, what):
     with pytest.raises(ValueError, match=what):

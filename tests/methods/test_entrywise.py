@@ -135,6 +135,11 @@ def test_draws_depend_on_seed_and_key_alone():
     assert abs(alike - 0.09) > 0.1
 
 
+@pytest.mark.parametrize("density", [1 - 1e-9, 1 - 1e-12, 1 - 2**-53])
+def test_a_density_of_almost_one_drops_almost_nothing(density):
+    assert drawn("a", 0, (300, 65), density).all()
+
+
 def test_dare_keeps_the_mean():
     """Over seeds the average is the plain weighted sum; without the rescaling it is not."""
     stack, density = tensors(), 0.25

@@ -7,6 +7,7 @@ import torch
 from support.models import Net, adapter, tokens
 
 from lora_fused import AdapterBank, Mixture
+from lora_fused.io import read_adapter, write_adapter
 from lora_fused.methods import lorahub, mix_factors
 from lora_fused.nn import attach
 from lora_fused.testing import assert_within_budget
@@ -65,6 +66,20 @@ def test_finds_the_hidden_mixture_and_never_does_worse_than_the_base():
     with torch.no_grad(), problem.handle.mix(found.mixture()):
         assert abs(problem.losses(problem.examples).mean() - found.loss) < 1e-5
     assert problem.run(candidates=1).weights == dict.fromkeys(NAMES, 0.0)
+
+
+def test_one_adapter_is_weighed_and_a_search_that_has_converged_ends():
+    problem, seen = Problem(), []
+    with torch.no_grad(), problem.handle.mix({"a": 0.5}):
+        problem.examples["labels"] = [problem.model(problem.examples["x"])]
+
+    def progress(*now):
+        seen.append(now)
+
+    found = problem.run(names=["a"], candidates=3000, l1=0.0, progress=progress)
+    assert abs(found.weights["a"] - 0.5) < 1e-3
+    assert len(found.losses) < 3000 and seen[0][1] == 3000
+    assert seen[-1] == (len(found.losses), len(found.losses))
 
 
 def test_the_l1_term_shrinks_weights():
@@ -139,6 +154,19 @@ def test_mixed_factors_are_sums():
         assert_within_budget(getattr(part, side), reference, truth)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_head_that_is_left_out_is_not_looked_for(saved, tmp_path):
+    bank = Problem(ranks=(2, 2, 2, 2)).bank
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["up", "down"]}
+    bank.metadata["a"]["config"] = {**config, "task_type": "SEQ_CLS", "modules_to_save": ["head"]}
+    if saved:
+        bank.saved["b"] = {"head.weight": torch.ones(3, 6)}
+    write_adapter(mix_factors(bank, {"a": 0.5, "b": 0.5}), tmp_path / "mixed")
+    written = read_adapter(tmp_path / "mixed")
+    assert written.metadata["config"]["task_type"] == (None if saved else "SEQ_CLS")
+    assert not written.saved and bank.metadata["a"]["config"]["task_type"] == "SEQ_CLS"
+
+
 def test_an_error_leaves_the_bank_as_it_was():
     problem = Problem(ranks=(2, 2, 2, 2))
     rows = problem.bank.stacks["up"].lora_a.clone()
@@ -164,6 +192,10 @@ def test_an_error_leaves_the_bank_as_it_was():
         ({"mix": "cat"}, "mix must be one of .*, got 'cat'"),
         ({"mix": "factors"}, "mix must be 'products' where ranks or scales differ.*'up'"),
         ({"bound": 0}, "bound must be a positive number, got 0"),
+        ({"l1": -0.1}, "l1 must be 0 or a positive number, got -0.1"),
+        ({"l1": float("nan")}, "l1 must be 0 or a positive number, got nan"),
+        ({"seed": None}, "seed must be an integer of at least 0, got None"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],
     ids=str,
 )

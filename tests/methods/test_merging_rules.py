@@ -15,6 +15,7 @@ from test_merging import (
     truncated,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fused import Adapter, AdapterBank, LoraFactors
 from lora_fused.methods import entrywise, merge
@@ -228,6 +229,10 @@ BAD = {
         {"density": 0.5, "majority_sign_method": "sum"},
         "majority_sign_method must be 'total' or 'frequency', got 'sum'",
     ),
+    "no election": (
+        {"majority_sign_method": "frequency", "combination_type": "svd"},
+        "majority_sign_method must be given for rules that elect .* got 'frequency' for 'svd'",
+    ),
     "seed": ({"density": 0.5, "seed": 0.5}, "seed must be an integer, got 0.5"),
     "mixed": (
         {"density": 0.5, "combination_type": "dare_ties"},
@@ -266,3 +271,34 @@ def test_progress_counts_modules():
         progress=lambda *now: seen.append(now),
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest matrix that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for t in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(t, Tensor) and t.dim() > 1:
+                self.values = max(self.values, t.shape[-2] * t.shape[-1])
+        return found
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "ties_core", "ties_knots"])
+def test_only_svd_forms_make_matrices_of_the_size_of_a_layer(kind):
+    bank = AdapterBank()
+    bank.add_many([adapter(f"{i}", {"q": 2}, i) for i in range(3)])
+    stack = bank.stacks["q"]
+    size = stack.in_features * stack.out_features
+    assert 6 * (stack.in_features + stack.out_features) < size
+    sizes = []
+    for one in (kind, "ties_svd"):
+        options = {"density": 0.5} if one.startswith("ties") else {}
+        with Largest() as seen:
+            merge(bank, dict.fromkeys(bank.names, 0.5), combination_type=one, **options)
+        sizes.append(seen.values)
+    assert sizes[0] < size <= sizes[1]

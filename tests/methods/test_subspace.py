@@ -249,6 +249,20 @@ def test_a_refused_addition_changes_nothing():
     assert subspace.cores.stacks["q"].lora_a.equal(core) and len(subspace) == 20
 
 
+def test_an_interrupted_addition_changes_nothing(monkeypatch):
+    bank, first = many_and_first()
+    subspace = fit_subspace(first, rank=8, method="hosvd")
+    before = subspace.errors(bank).overall
+
+    def interrupted(adapters):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subspace.cores, "add_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        subspace.add(bank.adapter("a30"))
+    assert subspace.errors(bank).overall == before
+
+
 @EVERY
 def test_a_new_task_learns_coefficients_alone(method):
     """2 P r numbers per module reach an update of the span; the bases get no gradient."""
@@ -363,11 +377,14 @@ def test_clusters_find_planted_groups():
         three.part_of("a99")
 
 
-def test_a_taken_name_leaves_the_task_in_training_as_it_is():
+def test_a_refused_task_leaves_the_one_in_training_as_it_is():
     subspace = fit_subspace(make_bank(), rank=6, method="hosvd")
     parameters = subspace.new_task("mine", rank=2)
     with pytest.raises(ValueError, match="name must be new to the subspace, got 'a0'"):
         subspace.new_task("a0")
+    for name, alpha, text in (("other", 0, "a scale that is finite"), ("", 8, "a non-empty")):
+        with pytest.raises(ValueError, match=text):
+            subspace.new_task(name, alpha=alpha)
     assert all(p.requires_grad for p in parameters)
     assert all(p is q for p, q in zip(parameters, subspace.cores.trainable(["mine"]), strict=True))
 

@@ -126,12 +126,14 @@ def test_merges_nest_and_are_undone_in_order():
         one.undo()
 
 
-@pytest.mark.parametrize("change", ["train", "convert", "replace"])
+@pytest.mark.parametrize("change", ["train", "rows", "columns", "convert", "replace"])
 def test_a_weight_changed_since_is_not_overwritten(change):
     model = Net()
     handle = merge_into_base(model, bank_of(), "a")
     if change == "train":
         model.down.weight.data[0, 0] = -model.down.weight.data[0, 0]
+    elif change in ("rows", "columns"):  # the same values at other places
+        model.down.weight.data = model.down.weight.data.roll(1, int(change == "columns"))
     elif change == "convert":
         model.half()
     else:

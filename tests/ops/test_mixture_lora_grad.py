@@ -72,6 +72,16 @@ def test_within_budget_at_awkward_sizes(shape, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [12, 65])
+def test_one_adapter_for_all_rows(rows, impl):
+    """Its pairs have one factor, which torch repeats by a stride of zero."""
+    require(impl)
+    p = with_base(problem(rows, 1, (8, 3), 17, 9, mixtures=1))
+    p["adapter_ids"][:], p["weights"][:] = 1, 0.7
+    check(p, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_negative_control(impl):
     """The budget sees two adapter ids swapped in a single row, in every gradient but base's."""
     require(impl)
@@ -98,6 +108,18 @@ def test_weight_zero_keeps_its_gradient(impl):
     zero = grads["weights"] == 0
     assert zero.sum() == 1 and zero[3, 1], "only a weight without an adapter has no gradient"
     assert not grads["x"].any() and not grads["lora_a"].any() and not grads["scale"].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_weight_of_no_adapter_is_not_read(impl):
+    require(impl)
+    p = problem(12, 2, (3, 8), 17, 9)
+    p["adapter_ids"][:, 0], p["adapter_ids"][:, 1] = -1, 1
+    y, clean = run(p, impl), gradients(p, impl, ("x", "weights"))
+    p["weights"][:, 0] = torch.nan
+    assert torch.equal(run(p, impl), y)
+    for leaf, grad in gradients(p, impl, ("x", "weights")).items():
+        assert torch.equal(grad, clean[leaf]), leaf
 
 
 @pytest.mark.parametrize("impl", IMPLS)

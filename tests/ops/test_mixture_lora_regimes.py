@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.mixture_lora import double, gradients, problem, require, run, truth
+from support.traffic import launched
 
 from lora_fused import backends
 from lora_fused.ops import mixture_lora, mixture_lora_group
@@ -41,15 +42,6 @@ def case(name: str, form: str = "packed", dtype: torch.dtype = torch.float32) ->
         options["row_mixture"] = torch.randint(mixtures, (rows,)).tolist()
     p = problem(rows, per_row, ranks, i, o, **options)
     return p | {"base": torch.randn(rows, o).to(dtype)}
-
-
-def launched(call) -> tuple[torch.Tensor, list[str]]:
-    from benchmarks.traffic import count
-
-    with count() as counter:
-        result = call()
-    assert counter.total.out_of_bounds == counter.total.races == 0
-    return result, [launch.kernel for launch in counter.launches]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -141,6 +133,22 @@ def test_a_mixture_out_of_range_is_none(name, monkeypatch):
     assert torch.equal(y[~known], p["base"][~known]) and (~known).any()
     p["row_mixture"] = p["row_mixture"].clamp(0, mixtures - 1)
     assert torch.equal(y[known], run(p, "triton")[known])
+
+
+@pytest.mark.parametrize("name", ["one_launch_by_group", "few_rows", "by_mixture"])
+def test_a_mixture_out_of_range_has_no_gradient(name, monkeypatch):
+    from lora_fused.ops.mixture_lora import contract
+
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    mixtures = p["adapter_ids"].shape[0]
+    p["adapter_ids"][0], p["adapter_ids"][1] = -1, 1
+    at = torch.arange(p["x"].shape[0]).int() % (mixtures + 1) - 1
+    actual = gradients(p | {"row_mixture": at}, "triton")
+    expected = gradients(p | {"row_mixture": at.clamp_min(0)}, "triton")
+    assert not actual["x"][at < 0].any() and actual["weights"].any()
+    for leaf, grad in actual.items():
+        assert torch.equal(grad, expected[leaf]), leaf
 
 
 def test_a_plan_of_the_other_kind_is_refused():

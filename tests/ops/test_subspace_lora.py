@@ -277,6 +277,26 @@ class TestEdges:
             assert run(p, impl, x=x, base=torch.randn(*shape, 9)).dtype == torch.float32
         assert run(problem(0, 3, (3, 8), 6, 5, 17, 9, form=form, mixtures=2), impl).shape == (0, 9)
 
+    def test_no_directions_or_no_columns(self, impl, form):
+        """Nothing is added to base, and base alone has a gradient that is not zero."""
+        require(impl)
+        whole = problem(12, 3, (3, 8), 6, 6, 17, 9, form=form, mixtures=2)
+        cores = [k for k in ("core_a", "core_b") if whole[k] is not None]
+        none = {k: whole[k][..., :0] for k in cores}
+        if form == "full":
+            none = {"core_a": whole["core_a"][:, :0, :0]}
+        for cut in (
+            {"basis_a": whole["basis_a"][:0], "basis_b": whole["basis_b"][:0], **none},
+            {"x": whole["x"][:, :0], "basis_a": whole["basis_a"][:, :0]},
+            {"basis_b": whole["basis_b"][:, :0]},
+        ):
+            p = {**whole, **cut}
+            p["base"] = torch.randn(12, p["basis_b"].shape[1])
+            assert torch.equal(run(p, impl), p["base"])
+            wanted = tuple(k for k in LEAVES if p[k] is not None)
+            for leaf, grad in gradients(p, impl, wanted).items():
+                assert grad.shape == p[leaf].shape and (leaf == "base" or not grad.any()), leaf
+
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_pairs_are_an_adapter_stack_in_basis_coordinates(impl):

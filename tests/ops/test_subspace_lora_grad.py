@@ -87,6 +87,20 @@ def test_within_budget_at_awkward_sizes(form, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [12, 65])
+def test_one_adapter_for_all_rows(rows, form, impl):
+    """Its pairs have one factor, which torch repeats by a stride of zero."""
+    require(impl)
+    problems = []
+    for seed in range(8):
+        p = problem(rows, 1, (8, 3), 6, 5, 17, 9, form=form, mixtures=1, seed=seed)
+        p["adapter_ids"][:], p["weights"][:] = 1, 0.7
+        problems.append(with_base(p))
+    check(impl, *problems)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
 def test_negative_control(form, impl):
     """The budget sees two adapter ids swapped in a single row, in every gradient but base's."""
     require(impl)
@@ -114,6 +128,19 @@ def test_weight_zero_keeps_its_gradient(form, impl):
     zero = grads["weights"] == 0
     assert zero.sum() == 1 and zero[3, 1], "only a weight without an adapter has no gradient"
     assert not any(grads[k].any() for k in grads if k != "weights")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_weight_of_no_adapter_is_not_read(form, impl):
+    require(impl)
+    p = problem(12, 2, (3, 8), 6, 5, 17, 9, form=form)
+    p["adapter_ids"][:, 0], p["adapter_ids"][:, 1] = -1, 1
+    y, clean = run(p, impl), gradients(p, impl, ("x", "weights"))
+    p["weights"][:, 0] = torch.nan
+    assert torch.equal(run(p, impl), y)
+    for leaf, grad in gradients(p, impl, ("x", "weights")).items():
+        assert torch.equal(grad, clean[leaf]), leaf
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.mixture_lora import double
 from support.subspace_lora import DTYPES, gradients, problem, require, run, triple, truth
+from support.traffic import launched
 
 from lora_fused import backends
 from lora_fused.ops.mixture_lora import contract
@@ -44,15 +45,6 @@ def case(name: str, dtypes=DTYPES[0]) -> dict:
     form, rows, mixtures, per_row, *sizes, _ = REGIMES[name]
     p = problem(rows, per_row, *sizes, form=form, mixtures=mixtures, dtypes=dtypes)
     return p | {"base": torch.randn(rows, sizes[-1]).to(dtypes[0])}
-
-
-def launched(call) -> tuple[torch.Tensor, list[str]]:
-    from benchmarks.traffic import count
-
-    with count() as counter:
-        result = call()
-    assert counter.total.out_of_bounds == counter.total.races == 0
-    return result, [launch.kernel for launch in counter.launches]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,6 +106,20 @@ def test_what_is_out_of_range_is_none(name, monkeypatch):
     p["row_mixture"] = p["row_mixture"].clamp(0, mixtures - 1)
     p["adapter_ids"][p["adapter_ids"] == count] = -1
     assert torch.equal(y[known], run(p, "triton")[known])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_out_of_range_has_no_gradient(name, monkeypatch):
+    monkeypatch.setattr(contract, "_check_range", lambda *_: None)
+    p = case(name)
+    mixtures = p["adapter_ids"].shape[0]
+    p["adapter_ids"][0], p["adapter_ids"][1] = -1, 1
+    at = torch.arange(p["x"].shape[0]).int() % (mixtures + 1) - 1
+    actual = gradients(p | {"row_mixture": at}, "triton")
+    expected = gradients(p | {"row_mixture": at.clamp_min(0)}, "triton")
+    assert not actual["x"][at < 0].any() and actual["weights"].any()
+    for leaf, grad in actual.items():
+        assert torch.equal(grad, expected[leaf]), leaf
 
 
 def test_ranks_above_max_rank_are_cut(monkeypatch):

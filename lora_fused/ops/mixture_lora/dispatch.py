@@ -1,6 +1,6 @@
 """From mixture_lora's arguments to the implementation that runs."""
 
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -34,10 +34,7 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         bound = plans.scratch_rank(args[0], args[2], bound)
         plan = _plan(plan, flat, [flat[2]], bound, autograd.wants_grad(*flat))
         return autograd.forward(*flat, name, bound, plan).reshape(out_shape)
-    device = x.device.type
-    # Autocast would round the intermediates.
-    rounds = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if rounds else nullcontext():
+    with without_autocast(x):
         y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)
 
@@ -119,6 +116,13 @@ def autocast(x: Tensor) -> Tensor:
     ):
         return x.to(torch.get_autocast_dtype(device.type))
     return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """For the reference: autocast would round its intermediates."""
+    device = x.device.type
+    rounds = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if rounds else nullcontext()
 
 
 def chosen(x: Tensor, others: tuple, impl: str, op: str = OP) -> str:

@@ -39,7 +39,9 @@ def forward(
         # Masked before the weight is applied: a row without an adapter adds exactly nothing and has
         # a zero gradient even where x is not finite.
         h_snr = torch.where(live_sr[:, None, :], x_sni @ a_sri.mT, 0.0)
-        factor_s = weights[:, j].to(compute) * stack.scale[ids_s].to(compute)
+        # Without an adapter the weight is not read: it may be NaN.
+        weight_s = torch.where(live_sr.any(1), weights[:, j].to(compute), 0.0)
+        factor_s = weight_s * stack.scale[ids_s].to(compute)
         update_sno = update_sno + (h_snr * factor_s[:, None, None]) @ b_sro
     update = update_sno.reshape(x.shape[0], lora_b.shape[-1])
     if base is None:
@@ -79,7 +81,9 @@ def embedding_update(
             h_snr = torch.where((tokens_sn == padding_idx)[..., None], h_snr.detach(), h_snr)
         h_snr = torch.where(live_sr[:, None, :], h_snr, 0.0)
         b_sro = torch.where(live_sr[..., None], stack.lora_b[row_sr].to(compute), 0.0)
-        factor_s = weights[:, j].to(compute) * stack.scale[ids_s].to(compute)
+        # Without an adapter the weight is not read: it may be NaN.
+        weight_s = torch.where(live_sr.any(1), weights[:, j].to(compute), 0.0)
+        factor_s = weight_s * stack.scale[ids_s].to(compute)
         update_sno = update_sno + (h_snr * factor_s[:, None, None]) @ b_sro
     return (base.to(compute) + update_sno.reshape(base.shape)).to(base.dtype)
 

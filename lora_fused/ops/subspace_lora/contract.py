@@ -80,7 +80,9 @@ def flatten(
 ) -> tuple:
     """The arguments as the implementations take them: rows [N, I], ids int32, weights float32."""
     adapter_ids, weights, scale = of_mixture.flatten_route(x, adapter_ids, weights, scale)
-    x = x.reshape(-1, x.shape[-1])
-    base = None if base is None else base.reshape(-1, base.shape[-1])
+    if x.dim() != 2:  # -1 has no size where there are no columns
+        x = x.reshape(-1, x.shape[-1])
+    if base is not None and base.dim() != 2:
+        base = base.reshape(-1, base.shape[-1])
     route = (adapter_ids, weights, scale, row_mixture)
     return x, basis_a, basis_b, core_a, core_b, row_start, *route, base

@@ -1,12 +1,17 @@
 """From subspace_lora's arguments to the implementation that runs."""
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from lora_fused.ops.mixture_lora.autograd import wants_grad
-from lora_fused.ops.mixture_lora.dispatch import autocast, chosen, is_eager_cpu
+from lora_fused.ops.mixture_lora.dispatch import (
+    autocast,
+    chosen,
+    is_eager_cpu,
+    without_autocast,
+)
 from lora_fused.ops.mixture_lora.plan import rank_bound, scratch_rank
 from lora_fused.ops.subspace_lora import autograd, contract, reference, registration
 from lora_fused.ops.subspace_lora import plan as plans
@@ -50,10 +55,7 @@ def run(x: Tensor, args: tuple, plan, max_rank: int | None, impl: str) -> Tensor
         bound = 0 if row_start is None else scratch_rank(core_a, row_start, bound, OP)
         plan = plans.made_for(plan, flat, bound, wants_grad(*flat))
         return autograd.forward(*flat, impl=name, max_rank=bound, plan=plan).reshape(out_shape)
-    device = x.device.type
-    # Autocast would round the intermediates.
-    rounds = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if rounds else nullcontext():
+    with without_autocast(x):
         y = reference.forward(*flat, max_rank=bound)
     return y.reshape(out_shape)
 

@@ -32,7 +32,8 @@ def forward(
         adapter_ids, weights = adapter_ids[row_mixture], weights[row_mixture]
     cores = Cores(core_a, core_b, row_start, scale, max_rank)
     live_sj = cores.live(adapter_ids)
-    factor_sj = weights.to(compute) * cores.scale_of(adapter_ids, live_sj).to(compute)
+    weights = torch.where(live_sj, weights.to(compute), 0.0)  # even where it is NaN
+    factor_sj = weights * cores.scale_of(adapter_ids, live_sj).to(compute)
     # A row without an adapter adds exactly nothing and has a zero gradient even where x is not
     # finite, so it is masked on its way into the basis and on its way out.
     used_s = live_sj.any(1)[:, None, None]
@@ -57,7 +58,7 @@ def mix(
         # Enough rows share a mixture: its core is formed once. (Ranks side by side cost less.)
         parts = (cores.gather(ids_sj[:, j], live_sj[:, j], compute) for j in range(n_j))
         flat = (part.flatten(1) * factor_sj[:, j, None] for j, (part,) in enumerate(parts))
-        core = sum(flat).reshape(-1, *cores.core_a.shape[1:])
+        core = sum(flat).reshape(len(ids_sj), *cores.core_a.shape[1:])
         return apply(z_snp, core)
     for j in range(n_j):
         core = cores.gather(ids_sj[:, j], live_sj[:, j], compute)

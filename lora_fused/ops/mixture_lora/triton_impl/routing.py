@@ -14,9 +14,12 @@ class Routing:
 
     def __init__(self, call: Call):
         self.call, ids = call, call.adapter_ids
-        indices = torch.arange(call.mixtures, device=ids.device)
-        self.mixture_s = indices if call.row_mixture is None else call.row_mixture
-        self.ids_sj, self.weights_sj = ids[self.mixture_s], call.weights[self.mixture_s]
+        self.ids_sj, self.weights_sj, self.mixture_s = ids, call.weights, call.row_mixture
+        if self.mixture_s is not None:  # a mixture out of range counts as none, as in forward
+            there = (self.mixture_s >= 0) & (self.mixture_s < call.mixtures)
+            at = torch.where(there, self.mixture_s, 0)
+            self.ids_sj = torch.where(there[:, None], ids[at], -1)
+            self.weights_sj = call.weights[at]
         in_range = (self.ids_sj >= 0) & (self.ids_sj < call.count)
         known = torch.where(in_range, self.ids_sj, 0).long()
         scale = call.scale[0][known] if call.scale and call.count else 1.0
@@ -31,12 +34,14 @@ class Routing:
     @functools.cached_property
     def factor(self) -> Tensor:
         """weight * scale of each pair, zero without an adapter."""
-        return (self.weights_sj * self.scale_sj)[:, None].expand(self.of_rows).reshape(-1)
+        factor_sj = self.weights_sj * self.scale_sj
+        # Kernels index it by pair: of one group with one adapter, reshape makes a view of stride 0.
+        return factor_sj[:, None].expand(self.of_rows).reshape(-1).contiguous()
 
     def weight_gradient(self, dot: Tensor) -> Tensor:
         """Of each pair's product with the incoming gradient, float64 [N * J]: [M, J]."""
         grad_sj = dot.reshape(self.of_rows).sum(1) * self.scale_sj
-        if self.call.row_mixture is not None:  # in a fixed order, which index_add has not
+        if self.mixture_s is not None:  # in a fixed order, which index_add has not
             indices = torch.arange(self.call.mixtures, device=dot.device)
             one_hot = indices[:, None] == self.mixture_s
             grad_sj = one_hot.double() @ grad_sj

@@ -8,13 +8,13 @@ adapters that are on the model are off meanwhile.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import check_whole, invalid, shape
+from lora_fused.methods.progress import show
 
 _OP = "embed"
 POOLINGS = ("mean", "first", "last", "max")
@@ -75,8 +75,7 @@ def embed(
         raise invalid(_OP, "model", "be a module or a handle", type(model).__name__)
     if not (pooling is None or callable(pooling) or pooling in POOLINGS):
         raise invalid(_OP, "pooling", f"be one of {POOLINGS} or a function", repr(pooling))
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise invalid(_OP, "batch_size", "be an integer of at least 1", repr(batch_size))
+    check_whole(_OP, "batch_size", batch_size)
     batches, total = _batches(inputs, tokenizer, batch_size, max_length)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found, done = [], 0
@@ -90,7 +89,8 @@ def embed(
                 raise invalid(_OP, "features", rule, "NaN or infinity")
             found.append(features.cpu())
             done += len(features)
-            _show(progress, done, total)
+            of = "" if total is None else f" of {total}"
+            show(progress, done, total, f"embedded {done}{of}")
     if not found:
         raise invalid(_OP, "inputs", "hold at least one", "none")
     z = torch.cat(found)
@@ -273,12 +273,3 @@ def _of_tokens(features: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "first":
         at = mask.int().argmax(1)
     return kept[torch.arange(len(kept), device=at.device), at]
-
-
-def _show(progress: object, done: int, total: int | None) -> None:
-    if callable(progress):
-        progress(done, total)
-    elif progress and sys.stderr.isatty():
-        of = "" if total is None else f" of {total}"
-        end = "\n" if done == total else ""
-        print(f"\rembedded {done}{of}", end=end, file=sys.stderr, flush=True)

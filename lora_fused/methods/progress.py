@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 
 def show(
-    progress: bool | Callable[[int, int], None],
+    progress: bool | Callable[[int, int | None], None],
     done: int,
-    total: int,
+    total: int | None,
     line: str,
     *,
     ends: bool | None = None,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import check_whole, invalid, shape
 
 _OP = "make_prototypes"
 MINIMUM = 10
@@ -184,8 +184,7 @@ def k_means(points: Tensor, count: int, *, minimum: int = 1, seed: int = 0) -> T
 
 def _checked(features: object, per_adapter: int, minimum: int, noise: float) -> dict[str, Tensor]:
     for label, value in (("per_adapter", per_adapter), ("minimum", minimum)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise invalid(_OP, label, "be an integer of at least 1", repr(value))
+        check_whole(_OP, label, value)
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise invalid(_OP, "noise", "be a number, not negative", repr(noise))
     if not isinstance(features, Mapping) or not features:

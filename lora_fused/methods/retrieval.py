@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.prototypes import Prototypes, checked_features, squared_distances
 from lora_fused.methods.quadratic import affine, lasso, simplex
 from lora_fused.mixture import Mixture
@@ -79,8 +79,7 @@ def retrieve(queries: Tensor, prototypes: Prototypes, *, k: int = 8) -> Retrieve
     if queries.shape[1] != vectors.shape[1]:
         rule = f"have the prototypes' size {vectors.shape[1]}"
         raise invalid(op, "queries", rule, shape(queries))
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise invalid(op, "k", "be an integer of at least 1", repr(k))
+    check_whole(op, "k", k)
     k = min(k, len(prototypes))
     table = _rows_of(prototypes)
     points = vectors.double()
@@ -246,10 +245,8 @@ def _check_weigh(found, weights, max_adapters, temperature, l1, units) -> None:
         raise invalid(op, "weights", f"be one of {WEIGHTS}", repr(weights))
     if units not in UNITS:
         raise invalid(op, "units", f"be one of {UNITS}", repr(units))
-    limited = max_adapters is not None
-    whole = isinstance(max_adapters, int) and not isinstance(max_adapters, bool)
-    if limited and not (whole and max_adapters >= 1):
-        raise invalid(op, "max_adapters", "be an integer of at least 1", repr(max_adapters))
+    if max_adapters is not None:
+        check_whole(op, "max_adapters", max_adapters)
     for label, value, least in (
         ("temperature", temperature, "positive"),
         ("l1", l1, "not negative"),

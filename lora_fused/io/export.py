@@ -19,7 +19,8 @@ def config_for(adapter: Adapter) -> dict:
     target_modules becomes the list of module paths if modules came or went.
 
     Raises:
-        ValueError: naming the module whose rank or scale no config can express.
+        ValueError: naming the module whose rank or scale no config can express, or the key that
+            its own config lacks or that cannot be honoured.
     """
     where = f"adapter {adapter.name!r}"
     if not adapter.modules:
@@ -30,6 +31,8 @@ def config_for(adapter: Adapter) -> dict:
             rule = "have a rank of at least 1 and a finite scale other than 0"
             raise invalid("write_adapter", f"{module} of {where}", rule, got)
     original = adapter.metadata.get("config")
+    if original:
+        check_config(original, f"the config of {where}")
     config = copy.deepcopy(original) if original else _new_config(adapter)
     changed = {}
     for module, part in adapter.modules.items():

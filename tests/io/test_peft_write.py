@@ -192,6 +192,14 @@ def test_rejects(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_without_what_gives_the_scale_is_refused_by_its_key(tmp_path):
+    factors = LoraFactors(torch.ones(2, 3), torch.ones(2, 4), 1.0)
+    adapter = Adapter("a", {"q": factors}, metadata={"config": {"peft_type": "LORA", "r": 2}})
+    with pytest.raises(ValueError, match="lora_alpha in the config of adapter 'a' must be a"):
+        write_adapter(adapter, tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+
+
 def test_overwriting(tmp_path):
     path = tmp_path / "a"
     path.mkdir()  # an empty folder is nobody's work

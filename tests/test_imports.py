@@ -29,7 +29,8 @@ ORDER = (
 )
 ASIDE = {"testing": ("checks", "ops", "adapters", "mixture")}  # for tests and benchmarks only
 OPTIONAL = (
-    *("transformers", "peft", "typer", "rich", "numpy", "scipy", "yaml", "cma", "lancedb", "pyarrow", "triton"),
+    *("transformers", "peft", "typer", "rich", "numpy", "scipy", "yaml", "cma", "lancedb"),
+    *("pyarrow", "triton"),
     "lora_fused._C",
 )
 PACKAGE = ROOT / "lora_fused"

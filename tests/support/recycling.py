@@ -1,10 +1,10 @@
 """A tiny vision transformer with teachers, and classes of images that can be told apart."""
 
 import torch
-from support import text_tasks
 from torch import Tensor, nn
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, attach
+from support import text_tasks
 
 SIZE, WIDTH, CLASSES = 16, 16, 3
 
@@ -53,3 +53,29 @@ def teachers(names="ab", dtype: torch.dtype = torch.float32):
 def pictures(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, SIZE, SIZE, generator=generator).to(dtype)
+
+
+def conv_net(seed: int = 3) -> nn.Module:
+    """Images to features [N, 6], with two BatchNorms whose statistics are not the first ones."""
+    torch.manual_seed(seed)
+    first, second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 6, 3, 2)
+    layers = (first, nn.BatchNorm2d(5), nn.ReLU(), second, nn.BatchNorm2d(6), nn.ReLU())
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        for _ in range(20):
+            net(1.5 * torch.randn(8, 3, SIZE, SIZE) + 0.3)
+    return net.eval()
+
+
+class Interrupted(Exception):
+    """What ``interrupt`` raises."""
+
+
+def interrupt(at: int):
+    """A progress function that ends a run after so many steps."""
+
+    def progress(done: int, total: int) -> None:
+        if done == at:
+            raise Interrupted
+
+    return progress

@@ -12,6 +12,13 @@ from lora_fused.methods.recycle.runs import generator_of
 class Images:
     """Pixels under optimisation, in runs of one teacher each, with random numbers for each run.
 
+    Args:
+        names: Of the runs.
+        counts: Images of each.
+        size: C, H, W.
+        seed: With a run's name decides its random numbers.
+        bounds: Least and largest pixel values, ``[C, 1, 1]`` or ``[1, 1, 1]``.
+
     Attributes:
         pixels: ``[N, C, H, W]``, a leaf that requires grad.
         best: ``[N, C, H, W]`` copies of the views with the lowest losses seen: a view is what the
@@ -20,17 +27,22 @@ class Images:
     """
 
     def __init__(
-        self, names: Sequence[str], counts: Sequence[int], size: tuple, seed: int, like: Tensor
+        self,
+        names: Sequence[str],
+        counts: Sequence[int],
+        size: tuple[int, int, int],
+        seed: int,
+        bounds: tuple[Tensor, Tensor],
     ):
-        self._counts = list(counts)
+        self._counts, self._bounds = list(counts), bounds
         self._generators = [generator_of(seed, name) for name in names]
         start = [
             torch.randn(count, *size, generator=generator)
             for count, generator in zip(counts, self._generators, strict=True)
         ]
-        self.pixels = torch.cat(start).to(like).requires_grad_()
+        self.pixels = torch.cat(start).to(bounds[0]).clamp(*bounds).requires_grad_()
         self.best = self.pixels.detach().clone()
-        self.losses = torch.full(self.pixels.shape[:1], torch.inf).to(like)
+        self.losses = torch.full(self.pixels.shape[:1], torch.inf).to(self.best)
 
     def views(self, jitter: int) -> Tensor:
         """The images, each teacher's rolled by up to ``jitter`` pixels and perhaps flipped."""
@@ -49,6 +61,11 @@ class Images:
         self.losses = torch.where(better, losses, self.losses)
         self.best = torch.where(better[:, None, None, None], views, self.best)
 
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Put pixels back into their range."""
+        self.pixels.clamp_(*self._bounds)
+
     def forget(self) -> None:
         """Begin to look for the best anew: from here on losses mean something else."""
         self.losses = torch.full_like(self.losses, torch.inf)
@@ -65,7 +82,7 @@ class Images:
         self.best = tensors["best"].to(self.best)
         self.losses = tensors["losses"].to(self.losses)
         for generator, state in zip(self._generators, tensors["generators"], strict=True):
-            generator.set_state(state)
+            generator.set_state(state.clone())  # of a view, torch reads past the end
 
 
 def pixel_bounds(

@@ -109,27 +109,36 @@ def invert(
     options |= {"size": (height, width), "range": pixel_range, "weight": prior_weight, "lr": lr}
     options |= {"betas": betas, "heads": list(heads), "prior": type(prior).__name__}
     options |= {"prune": None if prune is None else repr(prune), "prune_from": prune_from}
-    counts = [per_class * len(weight) for weight, _ in heads.values()]
-    like = next(handle.model.parameters())
-    images = Images(list(heads), counts, (channels, height, width), seed, like.detach())
-    bounds = pixel_bounds(_OP, pixel_range, channels, images.best)
+    teachers = Teachers(
+        _OP, handle, heads, [per_class * len(w) for w, _ in heads.values()], features
+    )
+    like = next(handle.model.parameters()).detach()
+    bounds = pixel_bounds(_OP, pixel_range, channels, like)
+    images = Images(list(heads), teachers.counts, (channels, height, width), seed, bounds)
     labels = [
         torch.arange(len(weight)).repeat_interleave(per_class) for weight, _ in heads.values()
     ]
-    labels = torch.cat(labels).to(images.best.device)
-    teachers = Teachers(_OP, handle, heads, counts, features)
-    objective = Objective(teachers, labels, prior, prior_weight)
+    labels = torch.cat(labels).to(like.device)
     run = "" if checkpoint is None else fingerprint(options, _weights(handle, heads, prior))
     saved = Saved(_OP, checkpoint, checkpoint_every, run)
     optimizer = torch.optim.Adam([images.pixels], lr, betas)
+    objective = Objective(teachers, labels, prior, prior_weight)
     begin = round(prune_from * steps) if prune is not None else steps
+    _descend(images, objective, optimizer, saved, steps, jitter, prune, begin, progress)
+    last = {"class_names": class_names, "prune": prune if begin < steps else None}
+    return teachers.pool(images.best, labels, images.losses, **last)
+
+
+def _descend(
+    images: Images, objective, optimizer, saved, steps, jitter, prune, begin, progress
+) -> None:
+    """The steps that are still to be done; ``prune`` is in force from step ``begin`` on."""
     done, found = saved.read()
     if done:
         images.load(found)
         load_optimizer(optimizer, found)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(handle.mix(teachers.mixture()))
-        stack.enter_context(prior.watch(handle.model))
+        stack.enter_context(objective.in_force())
         if done > begin:
             stack.enter_context(prune)
         for step in range(done, steps):
@@ -142,28 +151,32 @@ def invert(
             optimizer.zero_grad()
             total.backward(inputs=[images.pixels])
             optimizer.step()
-            with torch.no_grad():
-                images.pixels.clamp_(*bounds)
+            images.clamp()
             now = step + 1
             saved.write(now, steps, lambda: images.tensors() | optimizer_state(optimizer))
             line = f"{_OP}: step {now} of {steps}, loss {float(losses.mean()):.4f}"
             show(progress, now, steps, line)
-    last = {"class_names": class_names, "prune": prune if begin < steps else None}
-    return teachers.pool(images.best, labels, images.losses, **last)
 
 
 class Objective:
     """What an inversion minimises: the sum of its teachers' losses.
 
     Args:
-        teachers: In force (``handle.mix(teachers.mixture())``) when this is called.
+        teachers: Whose rows the images are.
         labels: ``[N]``, wanted of each row.
-        prior, prior_weight: See ``invert``; called inside ``prior.watch(model)``.
+        prior, prior_weight: See ``invert``.
     """
 
     def __init__(self, teachers: Teachers, labels: Tensor, prior: Prior, prior_weight: float):
         self._teachers, self._labels = teachers, labels
         self._prior, self._weight = prior, prior_weight
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Where it can be called: rows routed to their teachers, the prior watching."""
+        handle = self._teachers.handle
+        with handle.mix(self._teachers.mixture()), self._prior.watch(handle.model):
+            yield
 
     def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's loss ``[N]``, without grad, and the scalar to be differentiated."""

@@ -213,7 +213,7 @@ class FeatureStatistics(Prior):
         total = 0
         for name, x in self._captured:
             target = self.targets[name]
-            rows = x.movedim(target.axis, -1).flatten(1, -2)
+            rows = x.movedim(target.axis, -1).reshape(len(x), -1, x.shape[target.axis])
             if len(rows) != sum(counts):
                 rule = f"take inputs whose first axis is the batch, {sum(counts)}"
                 raise invalid(_OP, f"module {name!r}", rule, len(rows))

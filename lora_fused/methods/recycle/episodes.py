@@ -158,6 +158,7 @@ def evaluate(
         seed: Of the episodes.
         batch_size: Images of one forward.
     """
+    check_whole("evaluate", "episodes", episodes)
     drawn = draw_episodes(
         labels, ways=ways, shots=shots, queries=queries, count=episodes, seed=seed
     )

@@ -41,8 +41,8 @@ def prune_tokens(
         ratios: block number (from 0) -> share of the tokens still there to drop after it, in
             [0, 1). Blocks left out drop nothing.
         keep: In place of ratios, what a run kept: ``[B, n]`` int64 numbers of patches, in each row
-            distinct; the network, all of it, runs on these alone. Or the ``steps`` of a run, to drop
-            the same tokens after the same blocks. Positions were added before in either case.
+            distinct; all blocks run on these alone. Or the ``steps`` of a run, to drop the same
+            tokens after the same blocks. Positions are added before in either case.
 
     Returns:
         The context. In it the model prunes; at its end every hook is gone. ``kept`` ``[B, n]`` are
@@ -117,7 +117,12 @@ class TokenPruning(contextlib.AbstractContextManager):
     @property
     def steps(self) -> dict[int, Tensor]:
         """Block -> the patches left after it, of the last forward; blocks that dropped some."""
-        return dict(self._steps) if self.kept is not None else {}
+        self._check_ran("steps")
+        return dict(self._steps)
+
+    def _check_ran(self, op: str) -> None:
+        if self._now is None:
+            raise RuntimeError(f"{op}: the model must have run in the with block, got no forward")
 
     def __enter__(self) -> "TokenPruning":
         blocks = self._encoder.blocks

@@ -76,6 +76,10 @@ def _timm(op: str, module: nn.Module) -> Encoder:
     if dropout and module.training:
         rule = "not drop patches at random while it trains"
         raise invalid(op, "model", rule, f"patch_drop of {dropout}")
+    kinds = {type(getattr(block, "attn", None)).__name__ for block in module.blocks}
+    if kinds != {"Attention"}:  # rotary or differential attention scores otherwise
+        rule = "have timm's plain Attention in every block"
+        raise invalid(op, type(module).__name__, rule, ", ".join(sorted(kinds)))
     # q and k after their norms, which are called also where they are identities.
     parts = ("attn.q_norm", "attn.k_norm", "attn.num_heads")
     return _checked(op, module, module.blocks, module.num_prefix_tokens, *parts)

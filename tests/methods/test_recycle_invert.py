@@ -122,6 +122,22 @@ def test_a_teacher_alone_gives_what_it_gives_in_a_batch():
     assert torch.equal(both.labels[at], alone.labels)
 
 
+def test_seeds_differ_more_than_a_batch_does_from_teachers_alone():
+    """Many steps: images differ in the end, but neither accuracies nor priors do."""
+    prior, found = recycle.TotalVariation(), {"ab": [], "alone": []}
+    for seed in range(5):
+        options = {"seed": seed, "steps": 40, "prior": prior, "prior_weight": 0.1}
+        runs = {"ab": [run("ab", **options)], "alone": [run(name, **options) for name in "ab"]}
+        for kind, pools in runs.items():
+            images = torch.cat([pool.images for pool in pools])
+            accuracy = [value for pool in pools for value in pool.accuracy().values()]
+            found[kind].append([*prior(images, [6, 6]).tolist(), *accuracy])
+    batched, alone = (torch.tensor(found[kind]) for kind in ("ab", "alone"))
+    interval = 1.96 * alone[:, :2].std(0) / 5**0.5
+    assert ((batched - alone).mean(0)[:2].abs() < interval).all()
+    assert batched[:, 2:].min() == alone[:, 2:].min() == 1.0
+
+
 def test_images_are_what_their_own_teacher_takes_for_their_label():
     pool = run(per_class=8, steps=60, prior=recycle.TotalVariation())
     assert min(pool.accuracy().values()) >= 0.95

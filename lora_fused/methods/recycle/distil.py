@@ -162,17 +162,15 @@ class Student:
     def __init__(self, handle, adapter: str, pool: Pool, sparse_tokens, features):
         self._handle, self._adapter, self._pool = handle, adapter, pool
         self._sparse, self._features = sparse_tokens, features
-        self._device = next(handle.model.parameters()).device
 
     def __call__(self, task: Task) -> Tensor:
         """Features ``[ways, shots + queries, E]``."""
         rows = task.rows.flatten()
-        images = self._pool.images[rows].to(self._device)
         tokens = contextlib.nullcontext()
         if self._sparse is not None:
-            tokens = self._sparse(self._handle.model, keep=self._pool.kept[rows].to(self._device))
+            tokens = self._sparse(self._handle.model, keep=self._pool.kept[rows])
         with self._handle.mix(self._adapter), tokens:
-            found = features_of(_OP, self._handle, self._features, images)
+            found = features_of(_OP, self._handle, self._features, self._pool.images[rows])
         return found.unflatten(0, task.rows.shape)
 
 

@@ -146,7 +146,8 @@ class FeatureStatistics(Prior):
         A transformer stores no statistics of its training images, so some images must give them:
         any natural ones, unlabelled, of other data than the teachers'. Then the inversion knows
         those images' statistics, and should be reported so. Of noise from N(0, 1) nothing can be
-        learned this way: its statistics are those of the start, and hold the images there.
+        learned this way: its statistics are those of the start, and hold the images there. Under
+        pruning, blocks behind a drop see the kept tokens alone, and the targets are those of all.
 
         Args:
             model: In eval mode, without a mixture in force.

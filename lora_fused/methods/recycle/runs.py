@@ -24,7 +24,8 @@ def checked_bank(op: str, handle) -> AdapterBank:
 
 
 def features_of(op: str, handle, features: Callable | None, images: Tensor) -> Tensor:
-    """``[N, E]`` of the images, under the mixture in force."""
+    """``[N, E]`` of the images, moved to the model's device, under the mixture in force."""
+    images = images.to(next(handle.model.parameters()).device)
     found = (handle.model if features is None else features)(images)
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
         got = shape(found) if isinstance(found, Tensor) else type(found).__name__

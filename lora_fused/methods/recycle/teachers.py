@@ -17,8 +17,11 @@ Head = nn.Linear | tuple[Tensor, Tensor | None]
 
 
 def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
-    """Adapter -> (weight ``[L, E]``, bias ``[L]`` or None), of known adapters, without grad."""
-    bank = checked_bank(op, handle)
+    """Adapter -> (weight ``[L, E]``, bias ``[L]`` or None), of known adapters, without grad.
+
+    In the model's dtype and on its device.
+    """
+    bank, like = checked_bank(op, handle), next(handle.model.parameters())
     if not isinstance(heads, Mapping) or not heads:
         rule = "be a dict of at least one adapter's head"
         raise invalid(op, "heads", rule, repr(heads))
@@ -29,7 +32,8 @@ def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             got = f"{shape(weight)} and {None if bias is None else shape(bias)}"
             raise invalid(op, f"head of {name!r}", "be [L, E] and [L] or None", got)
-        found[name] = (weight.detach(), None if bias is None else bias.detach())
+        bias = None if bias is None else bias.detach().to(like)
+        found[name] = (weight.detach().to(like), bias)
     return found
 
 

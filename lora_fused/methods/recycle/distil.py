@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fused.adapters import Adapter
 from lora_fused.checks import check_whole, invalid
@@ -125,35 +125,58 @@ def distil(
     if checkpoint is not None:
         run = fingerprint(options, [*handle.model.parameters(), *start, *pool.tensors()])
     saved = Saved(_OP, checkpoint, checkpoint_every, run)
-    generator = generator_of(seed, _OP)
-    losses, mixed = torch.zeros(steps), torch.zeros(steps, dtype=torch.bool)
+    student = Student(handle, adapter, pool, sparse_tokens, features)
     with _training(bank, adapter) as parameters:
-        optimizer = torch.optim.Adam(parameters, lr)
+        state = _State(parameters, lr, steps, seed)
         done, found = saved.read()
         if done:
-            _load(found, parameters, optimizer, generator, losses, mixed)
-
-        def state() -> dict[str, Tensor]:
-            own = {f"factor.{i}": p.detach().clone() for i, p in enumerate(parameters)}
-            own |= {"generator": generator.get_state(), "losses": losses, "mixed": mixed}
-            return own | optimizer_state(optimizer)
-
-        student = Student(handle, adapter, pool, sparse_tokens, features)
+            state.load(found)
         for step in range(done, steps):
-            task = tasks.draw(generator)
-            optimizer.param_groups[0]["lr"] = cosine(lr, step, restart_every)
+            task = tasks.draw(state.generator)
             loss = task_loss(student(task), task, pool, shots, temperature)
             if not loss.isfinite():
                 raise invalid(_OP, "loss", "stay finite", loss.item())
-            optimizer.zero_grad()
-            loss.backward(inputs=parameters)
-            optimizer.step()
-            losses[step], mixed[step] = loss.detach(), task.teacher is None
+            state.descend(loss, cosine(lr, step, restart_every))
+            state.losses[step], state.mixed[step] = loss.detach(), task.teacher is None
             now = step + 1
-            saved.write(now, steps, state)
-            line = f"{_OP}: step {now} of {steps}, loss {float(losses[step]):.4f}"
+            saved.write(now, steps, state.tensors)
+            line = f"{_OP}: step {now} of {steps}, loss {float(state.losses[step]):.4f}"
             show(progress, now, steps, line)
-    return Distilled(bank.adapter(adapter), losses, mixed)
+        if not all(p.isfinite().all() for p in parameters):
+            raise invalid(_OP, "loss", "have finite gradients", "NaN or infinity")
+    return Distilled(bank.adapter(adapter), state.losses, state.mixed)
+
+
+class _State:
+    """What a run changes: the adapter's Parameters, Adam, the tasks' generator, the losses."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int, seed: int):
+        self._parameters = parameters
+        self._optimizer = torch.optim.Adam(parameters, lr)
+        self.generator = generator_of(seed, _OP)
+        self.losses = torch.zeros(steps)
+        self.mixed = torch.zeros(steps, dtype=torch.bool)
+
+    def descend(self, loss: Tensor, lr: float) -> None:
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.zero_grad()
+        loss.backward(inputs=self._parameters)
+        self._optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {f"factor.{i}": p.detach().clone() for i, p in enumerate(self._parameters)}
+        own |= {"losses": self.losses, "mixed": self.mixed}
+        own["generator"] = self.generator.get_state()
+        return own | optimizer_state(self._optimizer)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, p in enumerate(self._parameters):
+            p.copy_(tensors[f"factor.{i}"])
+        load_optimizer(self._optimizer, tensors)
+        self.generator.set_state(tensors["generator"])
+        self.losses.copy_(tensors["losses"])
+        self.mixed.copy_(tensors["mixed"])
 
 
 class Student:
@@ -207,16 +230,6 @@ def _training(bank, adapter: str):
         raise
     finally:
         bank.freeze()
-
-
-@torch.no_grad()
-def _load(found, parameters, optimizer, generator, losses, mixed) -> None:
-    for i, p in enumerate(parameters):
-        p.copy_(found[f"factor.{i}"])
-    load_optimizer(optimizer, found)
-    generator.set_state(found["generator"])
-    losses.copy_(found["losses"])
-    mixed.copy_(found["mixed"])
 
 
 def _sides(part) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,11 @@ def new_adapter(
         fan_in_fan_out=any(_is_conv1d(module) for module in targets.values()),
         use_rslora=bool(use_rslora),
     )
-    return Adapter(name, parts, metadata={"config": config})
+    metadata = {"config": config}
+    pointwise = [path for path, module in targets.items() if isinstance(module, nn.Conv2d)]
+    if pointwise:
+        metadata["pointwise"] = pointwise  # lora_fused.io writes theirs as PEFT does
+    return Adapter(name, parts, metadata=metadata)
 
 
 def _part(module: nn.Module, rank: int, scale: float, generator: torch.Generator) -> LoraFactors:
@@ -107,7 +111,7 @@ def _targets(model: nn.Module, wanted: list[str] | str) -> dict[str, nn.Module]:
         raise invalid(_OP, "target_modules", rule, repr(wanted))
     for path in found:
         if not _supported(modules[path]):
-            rule = "fit only nn.Linear, nn.Embedding and transformers' Conv1D"
+            rule = "fit only nn.Linear, nn.Embedding, 1 x 1 nn.Conv2d and transformers' Conv1D"
             got = f"{path!r}, {type(modules[path]).__qualname__}"
             raise invalid(_OP, "target_modules", rule, got)
     if not found:
@@ -120,7 +124,9 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn
     found = {
         path: module
         for path, module in modules.items()
-        if _supported(module) and not isinstance(module, nn.Embedding) and module is not output
+        if _supported(module)
+        and not isinstance(module, (nn.Embedding, nn.Conv2d))  # PEFT takes no convolution either
+        and module is not output
     }
     if not found:
         raise invalid(_OP, "model", "have linear layers", type(model).__qualname__)

@@ -39,7 +39,8 @@ def read_adapter(
         The adapter. Its factors are views of the mapped file until a bank copies them (do not
         overwrite the file in place meanwhile); saved modules are copied. ``metadata``: "path",
         "layout" ("peft", "kohya" or "diffusers"), "config" (as in the file; for a single file one
-        that says the same), "keys" and "saved_keys" (tensor names), "dtypes", "header".
+        that says the same), "keys" and "saved_keys" (tensor names), "dtypes", "header",
+        "pointwise" (modules that are 1 x 1 convolutions: [R, I, 1, 1] and [O, R, 1, 1] in files).
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -142,11 +143,15 @@ def _swap(fresh: Path, path: Path, old: Path) -> None:
 
 def _tensors_to_write(adapter: Adapter) -> dict[str, Tensor]:
     metadata, tensors = adapter.metadata, {}
+    pointwise = set(metadata.get("pointwise", ()))
     for module, part in adapter.modules.items():
         kind, end = ("lora_embedding_", "") if part.embedding else ("lora_", ".weight")
         made = [f"{PREFIX}{module}.{kind}{side}{end}" for side in "AB"]
         key_a, key_b = metadata.get("keys", {}).get(module, made)
-        tensors[key_a], tensors[key_b] = part.lora_a, part.lora_b.mT
+        sides = part.lora_a, part.lora_b.mT
+        if module in pointwise:
+            sides = (side[:, :, None, None] for side in sides)
+        tensors[key_a], tensors[key_b] = sides
     for saved, tensor in adapter.saved.items():
         module, _, leaf = saved.rpartition(".")
         made = f"{module}.base_layer.{leaf}" if module in adapter.modules else saved
@@ -280,6 +285,12 @@ def _assemble(
         lora_a, lora_b = _factors(tensors, keys, module, file)
         scale = scale_of(module, keys["a"], lora_a.shape[0])
         modules[module] = LoraFactors(lora_a, lora_b, scale, parts[keys["a"]].embedding)
+    pointwise = [module for module, keys in pairs.items() if tensors[keys["a"]].dim() == 4]
+    if pointwise:
+        metadata["pointwise"] = pointwise
+    for module in pointwise:
+        if modules[module].embedding:
+            raise name_fault(pairs[module]["a"], file, "have two dimensions", "a convolution's")
     _check_values(tensors, pairs, saved_keys.values(), modules, bound, file)
     metadata["keys"] = {module: [keys["a"], keys["b"]] for module, keys in pairs.items()}
     metadata["saved_keys"] = saved_keys
@@ -296,12 +307,19 @@ def _factors(tensors, keys: dict[str, str], module: str, file: str) -> tuple[Ten
         tensor = tensors[keys[side]]
         if tensor.dtype not in FLOATS:
             raise name_fault(keys[side], file, "be floating-point", tensor.dtype)
-        if tensor.dim() != 2:
-            rule = "have two dimensions (convolutions are not supported)"
+        if tensor.dim() not in (2, 4):
+            rule = "have two dimensions, or the four of a 1 x 1 convolution"
+            raise name_fault(keys[side], file, rule, shape(tensor))
+        if tensor.shape[2:] not in ((), (1, 1)):
+            rule = "have a kernel of 1 x 1 (a linear layer over pixels; wider ones are none)"
             raise name_fault(keys[side], file, rule, shape(tensor))
         if tensor.numel() == 0:
             raise name_fault(keys[side], file, "have a rank and sizes of at least 1", shape(tensor))
-    lora_a, lora_b = tensors[keys["a"]], tensors[keys["b"]].mT
+    if tensors[keys["a"]].dim() != tensors[keys["b"]].dim():
+        rule = f"have as many dimensions as lora_A of {module}"
+        raise name_fault(keys["b"], file, rule, shape(tensors[keys["b"]]))
+    lora_a, lora_b = (tensors[keys[side]].flatten(1) for side in "ab")
+    lora_b = lora_b.mT
     if lora_a.shape[0] != lora_b.shape[0]:
         rule = f"be [O, {lora_a.shape[0]}] to fit lora_A of {module}"
         raise name_fault(keys["b"], file, rule, shape(lora_b.mT))

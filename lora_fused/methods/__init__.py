@@ -1,6 +1,6 @@
 """Methods on adapters: each file one paper or family, on stacks and banks, never on files."""
 
-from lora_fused.methods import rpe
+from lora_fused.methods import recycle, rpe
 from lora_fused.methods.arrow import ArrowRouter, subtract_general
 from lora_fused.methods.clusters import SubspaceClusters
 from lora_fused.methods.composition import LearnedComposition, uniform
@@ -47,6 +47,7 @@ __all__ = [
     "merge",
     "mix_factors",
     "principal_angles",
+    "recycle",
     "rpe",
     "subspace_report",
     "subtract_general",

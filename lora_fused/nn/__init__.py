@@ -1,12 +1,13 @@
 """Many adapters on a model in place: attach a bank, mix per batch, detach exactly."""
 
 from lora_fused.nn.attach import Handle, attach, handle_of
-from lora_fused.nn.linear import MixtureEmbedding, MixtureLinear
+from lora_fused.nn.linear import MixtureConv2d, MixtureEmbedding, MixtureLinear
 from lora_fused.nn.merge import MergedBase, merge_into_base
 
 __all__ = [
     "Handle",
     "MergedBase",
+    "MixtureConv2d",
     "MixtureEmbedding",
     "MixtureLinear",
     "attach",

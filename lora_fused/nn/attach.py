@@ -46,7 +46,8 @@ def attach(
 
     Args:
         model: with the bank's modules under the bank's names, each exactly an nn.Linear, an
-            nn.Embedding or transformers' Conv1D.
+            nn.Embedding, transformers' Conv1D or a 1 x 1 nn.Conv2d (one group, no padding), to
+            which every pixel of its output is a row.
         bank: at least one adapter, attached to no other model. Adapters of the same modules may be
             added later. A Subspace is served in its bases: the layers run subspace_lora, and
             ``handle.bank`` is its ``cores``. Its ``add`` and ``new_task`` reach the layers too.

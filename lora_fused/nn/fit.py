@@ -13,7 +13,7 @@ from lora_fused.backends import choose
 from lora_fused.checks import invalid
 from lora_fused.methods.basis import SharedBasis
 from lora_fused.methods.subspace import Subspace
-from lora_fused.nn.linear import layer_class, layer_sizes
+from lora_fused.nn.linear import layer_class, layer_sizes, unsupported
 from lora_fused.nn.routing import check_forward, holder
 
 _OP = "attach"
@@ -107,8 +107,7 @@ def _check_target(
     what: str, module: nn.Module, stack: AdapterStack, basis: SharedBasis | None
 ) -> None:
     if layer_class(module) is None:
-        rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D"
-        raise invalid(_OP, what, rule, f"{type(module).__module__}.{type(module).__qualname__}")
+        raise invalid(_OP, what, *unsupported(module))
     embedding = isinstance(module, nn.Embedding)
     wanted = (stack if basis is None else basis).embedding
     if embedding != wanted:

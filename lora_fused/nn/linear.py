@@ -46,13 +46,17 @@ class MixtureLayer:
         base = super().forward(x)
         if route is None:
             return base
-        check_rows(name, route, base.shape[:-1])
+        check_rows(name, route, self._rows(base))
         if route.weights.dim() == 3:
             index = None if site is None else site.routing.position.get(name)
             if index is None:  # compact() took the module out: no adapter has it any more
                 return base
             route = route._replace(weights=route.weights[index])
         return self._add_update(x, base, route, shared)
+
+    def _rows(self, base: Tensor) -> torch.Size:
+        """The output's shape without features, samples first."""
+        return base.shape[:-1]
 
     def _check_alone(self, name: str, route: object) -> None:
         if not isinstance(route, Route):
@@ -125,6 +129,49 @@ class MixtureEmbedding(MixtureLayer, nn.Embedding):
         return y.reshape(base.shape)
 
 
+class MixtureConv2d(MixtureLayer, nn.Conv2d):
+    """A 1 x 1 nn.Conv2d, a linear layer over pixels, with a stack of adapters.
+
+    Samples, and tokens, are counted in its output; a router is given x as it came. The output has
+    the memory format of the convolution's own.
+    """
+
+    def _rows(self, base: Tensor) -> torch.Size:
+        samples = base.shape[:-3] or torch.Size([1])
+        return samples + base.shape[-2:]
+
+    def _add_update(self, x: Tensor, base: Tensor, route: Route, shared: bool) -> Tensor:
+        down, across = self.stride
+        if (down, across) != (1, 1):
+            x = x[..., ::down, ::across]
+        x, out = x.movedim(-3, -1), base.movedim(-3, -1)
+        y = super()._add_update(x, out, route, shared).movedim(-1, -3)
+        if base.dim() == 4 and not base.is_contiguous():  # channels last, as y is
+            return y
+        return y.contiguous()
+
+
+def conv_fault(module: nn.Conv2d) -> str | None:
+    """What makes a convolution more than a linear layer over pixels; None: nothing does."""
+    if tuple(module.kernel_size) != (1, 1):
+        return f"a kernel of {' x '.join(map(str, module.kernel_size))}"
+    if module.groups != 1:
+        return f"{module.groups} groups"
+    if module.padding not in ((0, 0), "valid", "same"):
+        return f"padding {module.padding}"
+    return None
+
+
+def unsupported(module: nn.Module, why: str = "") -> tuple[str, str]:
+    """Rule and finding of the error where ``layer_class`` has none; ``why`` follows the kinds."""
+    kind = type(module)
+    if kind is nn.Conv2d and conv_fault(module):
+        rule = "be 1 x 1, in one group and without padding, for a convolution (a linear layer over"
+        return f"{rule} pixels)", conv_fault(module)
+    rule = "be exactly an nn.Linear, nn.Embedding, 1 x 1 nn.Conv2d or transformers Conv1D"
+    return rule + why, f"{kind.__module__}.{kind.__qualname__}"
+
+
 def layer_class(module: nn.Module) -> type | None:
     """The class that ``attach`` gives to a module of exactly this type; None: not supported."""
     kind = type(module)
@@ -132,6 +179,8 @@ def layer_class(module: nn.Module) -> type | None:
         return MixtureLinear
     if kind is nn.Embedding:
         return MixtureEmbedding
+    if kind is nn.Conv2d:
+        return MixtureConv2d if conv_fault(module) is None else None
     if (kind.__module__, kind.__name__) == CONV1D:
         return _conv1d_class()
     return None
@@ -141,6 +190,8 @@ def layer_sizes(module: nn.Module) -> tuple[int, int]:
     """(I, O) of a supported module; for an embedding (vocabulary, width)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
     return tuple(module.weight.shape)
 
 

@@ -11,7 +11,7 @@ from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid
 from lora_fused.mixture import Mixture, Route, Row
 from lora_fused.nn.fit import check_base, check_distinct, check_present
-from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes
+from lora_fused.nn.linear import MixtureLayer, layer_class, layer_sizes, unsupported
 from lora_fused.nn.saved import saved_of
 
 _OP = "merge_into_base"
@@ -33,7 +33,7 @@ def merge_into_base(
 
     Args:
         model: Detached, with the bank's modules under the bank's names, each exactly an nn.Linear,
-            an nn.Embedding or transformers' Conv1D with ordinary weights.
+            an nn.Embedding, a 1 x 1 nn.Conv2d or transformers' Conv1D with ordinary weights.
         bank: The adapters, packed; also one that is attached to another model.
         mixture: Of a single row: a Mixture (with weights per layer too, as a learned composition
             has), a dict of weights or one name.
@@ -175,7 +175,8 @@ def _checksum(parameter: nn.Parameter) -> tuple[torch.dtype, int, int]:
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     rows, columns = [], 0
-    for part in parameter.detach().view(bits).split(64):  # in cache: a third of one sum's time
+    table = parameter.detach().flatten(1).view(bits)
+    for part in table.split(64):  # in cache: a third of one sum's time
         part = part.long()
         rows.append(part.sum(1))
         columns = columns + part.sum(0)
@@ -196,9 +197,10 @@ def _merged_weight(name: str, module: nn.Module, stack: AdapterStack, terms: dic
     factor = torch.tensor(values, dtype=compute)
     factor = factor.repeat_interleave(torch.tensor([stack.ranks[k] for k in terms]))
     lora_b = lora_b * factor.to(weight.device)[:, None]
-    transposed = isinstance(module, nn.Embedding) or not isinstance(module, nn.Linear)
+    transposed = not isinstance(module, (nn.Linear, nn.Conv2d))
     left, right = (lora_a, lora_b) if transposed else (lora_b, lora_a)
-    merged = torch.addmm(weight.to(compute), left.T, right).to(weight.dtype)
+    flat = weight.flatten(1).to(compute)  # of a 1 x 1 convolution [O, I, 1, 1]
+    merged = torch.addmm(flat, left.T, right).to(weight.dtype).view(weight.shape)
     if not merged.isfinite().all():
         what = "values beyond it"
         if not weight.isfinite().all():
@@ -255,13 +257,12 @@ def _targets(bank: AdapterBank, named: dict[str, nn.Module], route: Route) -> di
 
 
 def _check_module(name: str, module: nn.Module, stack: AdapterStack) -> None:
-    what, kind = f"module {name!r}", type(module)
+    what = f"module {name!r}"
     if isinstance(module, MixtureLayer):
         raise invalid(_OP, what, "be detached first (handle.detach())", "an attached layer")
     if layer_class(module) is None:
-        rule = "be exactly an nn.Linear, nn.Embedding or transformers Conv1D (quantised and "
-        rule += "wrapped layers have no weight to add to)"
-        raise invalid(_OP, what, rule, f"{kind.__module__}.{kind.__qualname__}")
+        why = " (quantised and wrapped layers have no weight to add to)"
+        raise invalid(_OP, what, *unsupported(module, why))
     weight = module._parameters.get("weight")
     if weight is None:
         rule = "have its weight as a Parameter (remove weight_norm and the like)"

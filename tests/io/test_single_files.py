@@ -125,8 +125,8 @@ REFUSED = {
     "LoHa": ([], {f"{STEM}.hada_w1_a": [[1.0]]}, "hada_w1_a.*another method"),
     "convolution": (
         [],
-        {f"{STEM}.lora_down.weight": [[[[1.0]]]], f"{STEM}.lora_up.weight": [[[[1.0]]]]},
-        "two dimensions",
+        {f"{STEM}.lora_down.weight": [[[[1.0, 2.0]]]], f"{STEM}.lora_up.weight": [[[[1.0]]]]},
+        "lora_down.*kernel of 1 x 1",
     ),
     "half a pair": ([], {f"{STEM}.lora_down.weight": [[1.0]]}, "lora_down.*lora_B"),
     "PEFT without its config": (

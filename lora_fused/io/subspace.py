@@ -326,8 +326,8 @@ def _samples(
         if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
             rule = f"have a module {name!r} with a floating-point weight"
             raise invalid(op, "model", rule, "none")
-        # An embedding and a Conv1D hold theirs as [I, O].
-        if list(weight.shape) not in (sizes, sizes[::-1]):
+        # An embedding and a Conv1D hold theirs as [I, O], a 1 x 1 convolution as [O, I, 1, 1].
+        if list(weight.shape) not in (sizes, sizes[::-1], [*sizes, 1, 1]):
             raise invalid(op, f"weight of {name!r}", f"be [O, I] = {sizes}", shape(weight))
         flat = weight.detach().flatten()
         yield name, flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().clone()

@@ -52,7 +52,8 @@ def prune_tokens(
     Raises:
         ValueError: an unknown layout, a model without CLS, a block that is not there, a ratio
             outside [0, 1), indices that are no patches; both or none of ratios and keep.
-        RuntimeError: the model is being pruned already.
+        RuntimeError: the model is being pruned already; at the end of the block, no forward was
+            pruned; the model runs compiled (with graph breaks allowed it runs uncompiled instead).
 
     Notes:
         - The choice has no gradient; pixels get theirs through tokens that were kept, and through
@@ -100,6 +101,7 @@ class TokenPruning(contextlib.AbstractContextManager):
         self._seen: dict[tuple[int, str], Tensor] = {}
         self._now: Tensor | None = None  # patches still there in the forward that runs
         self._steps: dict[int, Tensor] = {}
+        self._due: set[int] = set()  # places that this forward has yet to come by
 
     def __repr__(self) -> str:
         what = f"ratios {self._ratios}" if not self._replays else f"kept at {list(self._replays)}"
@@ -123,13 +125,16 @@ class TokenPruning(contextlib.AbstractContextManager):
     def _check_ran(self, op: str) -> None:
         if self._now is None:
             raise RuntimeError(f"{op}: the model must have run in the with block, got no forward")
+        if self._due:
+            got = f"none past block {min(self._due)}"
+            raise RuntimeError(f"{op}: the model must have run to its end, got {got}")
 
     def __enter__(self) -> "TokenPruning":
         blocks = self._encoder.blocks
         others = [getattr(hook, "__self__", None) for hook in blocks[0]._forward_pre_hooks.values()]
         if any(isinstance(other, TokenPruning) for other in others):
             raise RuntimeError("prune_tokens: a model must be pruned once at a time, got a second")
-        self._now, self._steps = None, {}
+        self._now, self._steps, self._due = None, {}, set()
         self._hooks = [blocks[0].register_forward_pre_hook(self._start, with_kwargs=True)]
         for layer in self._ratios:
             for side, module in zip("qk", self._encoder.projections(layer), strict=True):
@@ -141,18 +146,25 @@ class TokenPruning(contextlib.AbstractContextManager):
                 self._hooks.append(blocks[layer].register_forward_hook(hook))
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, *error) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._seen.clear()
+        if kind is None and (self._now is None or self._due):
+            raise RuntimeError(
+                "prune_tokens: the model must have run in the with block, all of it uncompiled, "
+                "got no forward that came by every block to prune (what was compiled before runs "
+                "on without)"
+            )
 
     def _start(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the first block: what the grid is; tokens that never enter leave here."""
+        _refuse_compiled()
         x = args[0] if args else kwargs["hidden_states"]
         count = x.shape[1] - self._encoder.prefix
         if not _in_backward():
-            self._steps = {}
+            self._steps, self._due = {}, {*self._ratios, *self._replays}
             self._now = torch.arange(count, device=x.device).expand(len(x), -1)
             largest = max((replay.largest for replay in self._replays.values()), default=0)
             if largest >= count:
@@ -163,6 +175,7 @@ class TokenPruning(contextlib.AbstractContextManager):
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     def _see(self, layer: int, side: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        _refuse_compiled()
         x = output.detach()
         if x.dim() == 3:
             x = x.unflatten(-1, (self._encoder.heads(layer), -1)).transpose(1, 2)
@@ -174,6 +187,7 @@ class TokenPruning(contextlib.AbstractContextManager):
         return self._shortened(output, layer)
 
     def _shortened(self, x: Tensor, layer: int) -> Tensor:
+        _refuse_compiled()
         if self._now is None:  # a recomputation that began under another pruning, or none
             raise RuntimeError(
                 "prune_tokens: backward() must be called inside the with block of its forward "
@@ -187,6 +201,8 @@ class TokenPruning(contextlib.AbstractContextManager):
         else:
             q, k = (self._seen.pop((layer, side)) for side in "qk")
             local = _most_seen(q, k, prefix, self._ratios[layer])
+        if not _in_backward():
+            self._due.discard(layer)
         if local.shape[1] == x.shape[1] - prefix:
             return x
         if not _in_backward():
@@ -210,6 +226,12 @@ def _most_seen(q: Tensor, k: Tensor, prefix: int, ratio: float) -> Tensor:
 def _left(count: int, ratio: float) -> int:
     # Of 100 tokens 0.29 is 29, though the product is 28.999999999999996.
     return max(1, count - math.floor(ratio * count + 1e-6))
+
+
+def _refuse_compiled() -> None:
+    # A graph would keep these hooks when they are gone: its guards leave out hooks.
+    if torch.compiler.is_compiling():
+        raise RuntimeError("prune_tokens: the model must run uncompiled, got a compiled one")
 
 
 def _in_backward() -> bool:

@@ -8,7 +8,8 @@ from support.convs import ConvNet, adapter, images, plain
 from torch import nn
 
 from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture, new_adapter
-from lora_fused.io import read_adapter
+from lora_fused.io import load_subspace, read_adapter, save_subspace
+from lora_fused.methods.eigenlorax import fit_subspace
 from lora_fused.nn import MixtureConv2d, attach, merge_into_base
 from lora_fused.testing import assert_within_budget
 
@@ -268,6 +269,26 @@ def test_a_fresh_adapter_trains_and_all_linear_takes_no_convolution():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["hosvd", "jd_diag"], ids=["pairs", "diagonal"])
+def test_a_subspace_serves_convolutions(method, tmp_path):
+    bank = bank_of(adapter("a", 1, 2), adapter("b", 2, 3, ("expand",)), adapter("c", 3, 1))
+    subspace = fit_subspace(bank, rank=3, method=method, progress=False)
+    save_subspace(subspace, tmp_path / "s.safetensors", model=ConvNet())
+    subspace = load_subspace(tmp_path / "s.safetensors", model=ConvNet())
+    back = subspace.reconstruct("a")
+    assert back.metadata["pointwise"] == ["expand", "reduce"]
+    full = AdapterBank()
+    full.add_many([subspace.reconstruct(name) for name in subspace.names])
+    rows, x, outs = [{"a": 1.0, "c": -0.5}, None, {"b": 0.7}], images(3), []
+    for source, dtype in ((subspace, torch.float32), (full, torch.float32), (full, torch.float64)):
+        model = ConvNet().to(dtype)
+        handle = attach(model, source.to(dtype=dtype) if source is full else source)
+        with handle.mix(Mixture.rows(rows)), torch.no_grad():
+            outs.append(model(x.to(dtype)))
+        handle.detach()
+    assert_within_budget(*outs)
 
 
 def test_compiles_as_one_graph():

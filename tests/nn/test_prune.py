@@ -152,8 +152,10 @@ def test_an_exact_undo_also_after_an_error():
     model = vits.small_vit()
     with pytest.raises(RuntimeError), prune_tokens(model, RATIOS):
         model(vits.images(1)[:, :2])
-    with prune_tokens(model, RATIOS), pytest.raises(RuntimeError, match="once at a time"):
-        prune_tokens(model, RATIOS).__enter__()
+    with prune_tokens(model, RATIOS):
+        with pytest.raises(RuntimeError, match="once at a time"):
+            prune_tokens(model, RATIOS).__enter__()
+        model(vits.images(1))
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks and "forward" not in vars(model)
 
@@ -186,8 +188,44 @@ def test_checkpointed_blocks_prune_alike_and_must_stay_inside():
     assert torch.equal(*grads)
     with prune_tokens(model, RATIOS):
         y = model(x)
-    with prune_tokens(model, RATIOS), pytest.raises(RuntimeError, match="inside the with block"):
+    with pytest.raises(RuntimeError, match="inside the with block"), prune_tokens(model, RATIOS):
         y.square().sum().backward()
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_compiled_code_is_never_left_unpruned_nor_pruned_for_good(part):
+    """Guards of compiled code leave out hooks, so that it would miss them, or keep them."""
+    model, x = vits.small_vit(), vits.images(2)
+
+    def compiled(**options):
+        if part == "block":
+            model.blocks[2].compile(backend="eager", **options)
+            return model
+        return torch.compile(model, backend="eager", **options)
+
+    with torch.no_grad():
+        y = model(x)
+        with prune_tokens(model, RATIOS):
+            pruned = model(x)
+        late = compiled()
+        with prune_tokens(model, RATIOS):
+            assert torch.equal(late(x), pruned)  # in Python, for the hooks refuse to be traced
+        assert torch.equal(late(x), y)
+        torch._dynamo.reset()
+        early = compiled()
+        assert torch.equal(early(x), y)
+        if part == "model":  # its graph knows of no hooks
+            message = "no forward that came by every block"
+            with pytest.raises(RuntimeError, match=message), prune_tokens(model, RATIOS):
+                early(x)
+        else:  # a module that is compiled as such looks for its own
+            with prune_tokens(model, RATIOS):
+                assert torch.equal(early(x), pruned)
+        torch._dynamo.reset()
+        whole = compiled(fullgraph=True)
+        with pytest.raises(RuntimeError), prune_tokens(model, RATIOS):
+            whole(x)
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
@@ -233,6 +271,11 @@ def test_rejects_what_does_not_fit_the_images():
         for name in ("kept", "steps"):
             with pytest.raises(RuntimeError, match=f"{name}: the model must have run"):
                 getattr(pruning, name)
+        with pytest.raises(RuntimeError):
+            model(x[:, :2])
+        model(x)
+    with pytest.raises(RuntimeError, match="got no forward that came by every"):
+        prune_tokens(model, RATIOS).__enter__().__exit__(None)
 
 
 def run(model, x, keep):

@@ -81,6 +81,16 @@ def peft_config(
     }
 
 
+def pointwise_of(bank: "AdapterBank", modules: Iterable[str]) -> dict[str, list[str]]:
+    """Metadata of a new adapter of these modules: which are 1 x 1 convolutions, by the bank's own.
+
+    lora_fused.io writes their factors in PEFT's four dimensions. Empty where there are none.
+    """
+    known = {module for facts in bank.metadata.values() for module in facts.get("pointwise", ())}
+    found = [module for module in modules if module in known]
+    return {"pointwise": found} if found else {}
+
+
 class AdapterStack(nn.Module):
     """The adapters of one layer, packed by rank rows, or a host's padded slots served in place.
 

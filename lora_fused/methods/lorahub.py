@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors, pointwise_of
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.composition import chosen_names
 from lora_fused.methods.products import rows_of
@@ -169,7 +169,8 @@ def mix_factors(bank: AdapterBank, weights: Mapping[str, float], name: str = "lo
     if config is not None and any(one in bank.saved for one in names):
         # A task type would make PEFT look for the head that was left out.
         config = config | {"task_type": None}
-    return Adapter(name, modules, metadata={} if config is None else {"config": dict(config)})
+    metadata = {} if config is None else {"config": dict(config)}
+    return Adapter(name, modules, metadata=metadata | pointwise_of(bank, modules))
 
 
 class _Evaluation:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from lora_fused.adapters import Adapter, AdapterBank, LoraFactors, peft_config
+from lora_fused.adapters import Adapter, AdapterBank, LoraFactors, peft_config, pointwise_of
 from lora_fused.checks import invalid
 from lora_fused.methods import exact_sums
 from lora_fused.methods.core_space import merge_cores, merge_knots
@@ -167,6 +167,7 @@ def finished(request: Request, found: Iterable[Parts]) -> Merged:
     report = MergeReport(*facts, {m: merged[m][1] for m in order}, request.options)
     metadata = {
         "config": _config(request.bank, request.used, parts),
+        **pointwise_of(request.bank, parts),
         "merge": {
             "weights": request.weights,
             "combination_type": request.combination_type,

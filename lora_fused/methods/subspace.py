@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lora_fused.adapters import Adapter, AdapterBank, AdapterStack, LoraFactors, peft_config
+from lora_fused.adapters import (
+    Adapter,
+    AdapterBank,
+    AdapterStack,
+    LoraFactors,
+    peft_config,
+    pointwise_of,
+)
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.basis import SharedBasis, extended_basis
 from lora_fused.methods.cores import core_of, diagonals, pair_of, resized
@@ -321,7 +328,7 @@ class Subspace:
             found = min(rank, len(basis.a), len(basis.b))
             factors = basis.basis_a[:found].clone(), basis.basis_b[:found] * strength
             parts[module] = LoraFactors(*factors, alpha / found, basis.embedding)
-        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata=self._metadata(parts, rank, alpha))
 
     def _fresh(self, name, rank, alpha, modules, start, std, seed) -> Adapter:
         if start not in ("zero", "random"):
@@ -343,11 +350,12 @@ class Subspace:
             lora_a *= len(basis.a) ** -0.5 if start == "zero" else std
             lora_b = torch.zeros_like(lora_b) if start == "zero" else lora_b
             parts[module] = LoraFactors(lora_a, lora_b, alpha / rank)
-        return Adapter(name, parts, metadata={"config": self._config(parts, rank, alpha)})
+        return Adapter(name, parts, metadata=self._metadata(parts, rank, alpha))
 
-    def _config(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
-        """A PEFT config of a new adapter."""
-        return peft_config(sorted(parts), rank, alpha, base=next(iter(self.base_names), None))
+    def _metadata(self, parts: dict[str, LoraFactors], rank: int, alpha: float) -> dict:
+        """Of a new adapter: a PEFT config, and which modules are convolutions."""
+        config = peft_config(sorted(parts), rank, alpha, base=next(iter(self.base_names), None))
+        return {"config": config, **pointwise_of(self.cores, parts)}
 
     def _check_frozen(self, op: str) -> None:
         if any(stack.trained for stack in self.cores.stacks.values()):

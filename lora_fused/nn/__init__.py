@@ -3,6 +3,7 @@
 from lora_fused.nn.attach import Handle, attach, handle_of
 from lora_fused.nn.linear import MixtureConv2d, MixtureEmbedding, MixtureLinear
 from lora_fused.nn.merge import MergedBase, merge_into_base
+from lora_fused.nn.prune import TokenPruning, prune_tokens
 
 __all__ = [
     "Handle",
@@ -10,7 +11,9 @@ __all__ = [
     "MixtureConv2d",
     "MixtureEmbedding",
     "MixtureLinear",
+    "TokenPruning",
     "attach",
     "handle_of",
     "merge_into_base",
+    "prune_tokens",
 ]

@@ -1,11 +1,15 @@
 """Adapters of 1 x 1 convolutions in files: PEFT's shapes, read and written exactly."""
 
+import dataclasses
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.convs import ConvNet, adapter, images
 
 from lora_fused import AdapterBank, new_adapter
 from lora_fused.io import read_adapter, save_adapters, write_adapter
+from lora_fused.methods import fit_subspace, merge, mix_factors
 from lora_fused.nn import attach
 from lora_fused.testing import assert_within_budget
 
@@ -116,3 +120,26 @@ def test_peft_loads_what_was_written(source, tmp_path):
         assert_within_budget(y, reference, wrapped.double()(x.double()))
     handle.detach()
     assert (model(x) - reference).abs().max() > 1e-2  # the negative control
+
+
+def made_of(bank: AdapterBank) -> dict:
+    subspace = fit_subspace(bank, rank=4, progress=False)
+    subspace.new_task("task", rank=2)
+    return {
+        "merged": merge(bank, {"a": 0.5, "b": 0.5}, combination_type="svd", rank=3).adapter,
+        "hub": mix_factors(bank, {"a": 0.5, "b": 0.5}),
+        "start": subspace.initial_adapter("start", rank=2),
+        "task": subspace.reconstruct("task"),
+    }
+
+
+def test_what_is_made_of_convolutions_is_of_convolutions(tmp_path):
+    bank, modules = AdapterBank(), ("expand", "reduce", "head")
+    for name in "ab":
+        one = adapter(name, 2, 3, modules)
+        bank.add(dataclasses.replace(one, name=name))
+    for name, made in made_of(bank).items():
+        write_adapter(made, tmp_path / name)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        dims = {key.split(".")[2]: t.dim() for key, t in tensors.items()}
+        assert dims == {"expand": 4, "reduce": 4, "head": 2}, name

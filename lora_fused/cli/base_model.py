@@ -1,0 +1,153 @@
+"""The frozen base of a library at the command line: where it is, and features of texts from it."""
+
+import json
+import os
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_fused.checks import invalid
+from lora_fused.cli.console import Reporter
+
+_WEIGHTS = (".safetensors", ".bin")
+
+
+class Base(NamedTuple):
+    """A loaded base: a transformers model and its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: Callable
+
+
+def load_base(name: str, reporter: Reporter) -> Base:
+    """A model by its folder, or by the installed package that it is in."""
+    folder = base_folder(name)
+    if find_spec("transformers") is None:
+        raise ImportError(
+            "library: transformers must be installed; run: pip install 'lora-fused[demo]'"
+        )
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with reporter.task(f"loading {name}", 1) as advance:
+        model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        advance(1)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return Base(model, tokenizer)
+
+
+def base_folder(name: str) -> Path:
+    """The folder of a model: itself, or the one in a package that has a config and weights."""
+    if Path(name).is_dir():
+        return Path(name)
+    rule = "be a model's folder or an installed package with one (hubs are not asked)"
+    try:
+        package = distribution(name)
+    except (PackageNotFoundError, ValueError):  # a path is no valid name
+        raise invalid("library", "--model", rule, repr(name)) from None
+    files = [Path(file) for file in package.files or ()]
+    weights = {file.parent for file in files if file.suffix in _WEIGHTS}
+    folders = {file.parent for file in files if file.name == "config.json"} & weights
+    if len(folders) != 1:
+        raise invalid("library", "--model", rule, f"{name} with {len(folders)} of them")
+    return Path(package.locate_file(folders.pop()))
+
+
+def base_of(library, model: str | None, reporter: Reporter) -> Base:
+    """The base that is named, or else the one that the library was made with, if it is there.
+
+    Its fingerprint must be the library's.
+    """
+    from lora_fused.library import fingerprint
+
+    space = library.space
+    if model is None:
+        try:
+            base_folder(space.base or "")
+        except ValueError:
+            rule = f"name the folder of the library's base ({space.base or 'not named'})"
+            raise invalid("library", "--model", rule, None) from None
+        model = space.base
+    base = load_base(model, reporter)
+    known = fingerprint(base.model)
+    if known != space.fingerprint:
+        rule = f"be the library's base, of fingerprint {space.fingerprint[:12]}"
+        raise invalid("library", "--model", rule, f"{known[:12]} of {model}")
+    return base
+
+
+def features(base: Base, space, texts: list[str], progress) -> Tensor:
+    """``[n, E]``, made as all vectors of the library are."""
+    from lora_fused.methods.rpe import embed
+
+    return embed(
+        base.model,
+        texts,
+        tokenizer=base.tokenizer,
+        layer=space.layer,
+        pooling=space.pooling,
+        normalize=space.normalize,
+        max_length=space.max_length,
+        progress=progress,
+    )
+
+
+def steps(advance: Callable[..., None]) -> Callable[[int, int | None], None]:
+    """A bar's advance as the progress(done, total) that methods call."""
+    before = 0
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return progress
+
+
+def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
+    """Inputs of a file: its lines that are not empty, or a field of each JSON line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"library: no such file: {path}")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise invalid("library", str(path), "be text in UTF-8", error) from None
+    if path.suffix == ".jsonl":
+        lines = [_field(row, field, where) for where, row in read_rows(path)]
+    if not lines:
+        raise invalid("library", str(path), "hold inputs, one per line", "none")
+    return lines
+
+
+def read_rows(path: Path) -> list[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with its place."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise invalid("library", where, "be JSON", error) from None
+        if not isinstance(row, dict):
+            raise invalid("library", where, "be a JSON object", type(row).__name__)
+        rows.append((where, row))
+    return rows
+
+
+def _field(row: dict, field: str, where: str) -> str:
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        fields = ", ".join(map(repr, row)) or "none"
+        rule = f"have text in its field {field!r} (--field names another of {fields})"
+        raise invalid("library", where, rule, repr(text))
+    return text

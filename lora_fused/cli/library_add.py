@@ -54,6 +54,7 @@ def jobs_of(paths: list[str], examples: str | None, manifest: str | None, field:
 
 def _of_manifest(path: Path, field: str) -> Iterator[Job]:
     from lora_fused.io.peft import default_name
+    from lora_fused.library.entries import check_metadata, check_name, check_tags
 
     if not path.is_file():
         raise FileNotFoundError(f"library add: no such manifest: {path}")
@@ -69,8 +70,9 @@ def _of_manifest(path: Path, field: str) -> Iterator[Job]:
                 raise invalid("library add", where, rule, json.dumps(row.get(key)))
         adapter = path.parent / row["adapter"]
         texts = read_texts(path.parent / row["examples"], field)
-        name = row.get("name") or default_name(adapter)
-        yield Job(adapter, name, texts, row.get("tags") or [], row.get("metadata") or {})
+        name = check_name(row.get("name", default_name(adapter)))
+        tags, metadata = check_tags(row.get("tags", []), name), row.get("metadata")
+        yield Job(adapter, name, texts, list(tags), check_metadata(metadata, name))
 
 
 def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dict:

@@ -210,9 +210,7 @@ def _lines(atlas) -> list[dict]:
 def _requests(chosen) -> list[str]:
     if chosen is None:
         return []
-    told = (
-        f"Lines: weights by {chosen.rule}, the wider the larger; dashed where negative. A square "
-    )
+    told = f"Lines: weights by {chosen.rule}, the wider the larger; dashed where negative. "
     parts = [heading("What the request gets"), paragraph(told + "A square is a request.", "note")]
     for q in range(min(len(chosen.found), _SHOWN)):
         found = zip(

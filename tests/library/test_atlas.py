@@ -196,7 +196,8 @@ eval(script);
 const drawn = calls.arc.length, at = calls.arc[5], lines = calls.lineTo.length;
 const dashes = calls.setLineDash.filter(a => a[0].length).length;
 listeners.pointermove({ clientX: at[0], clientY: at[1] });
-console.log(JSON.stringify({ drawn, lines, dashes, hidden: tip.hidden, told: tip.textContent, bad: calls.arc.flat().filter(v => !Number.isFinite(v)).length }));
+console.log(JSON.stringify({ drawn, lines, dashes, hidden: tip.hidden, told: tip.textContent,
+  bad: calls.arc.flat().filter(v => !Number.isFinite(v)).length }));
 """
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -339,9 +340,12 @@ def selected(library, where: str | None, tags: list[str] | None) -> tuple[list, 
 
 def asked(
     library, inputs: str | None, text: list[str] | None, field: str, per_input: bool,
-    model: str | None, reporter: Reporter,
+    model: str | None, reporter: Reporter, also: Sequence[str] = (),
 ):  # fmt: skip
-    """Titles and features of what is asked: a row of each input, or one of their mean."""
+    """Titles and features of what is asked: a row of each input, or one of their mean.
+
+    Rows of ``also`` follow.
+    """
     from lora_fused.cli.base_model import base_of, features, read_texts, steps
 
     if (inputs is None) == (not text):
@@ -349,8 +353,9 @@ def asked(
         raise invalid("library", "--inputs and --text", "be given one of them", got)
     texts = text or read_texts(inputs, field)
     base = base_of(library, model, reporter)
-    with reporter.task(f"embedding {len(texts)} inputs", len(texts)) as advance:
-        found = features(base, library.space, texts, steps(advance))
+    count = len(texts) + len(also)
+    with reporter.task(f"embedding {count} inputs", count) as advance:
+        found = features(base, library.space, [*texts, *also], steps(advance))
     if per_input:
         return texts, found
     title = texts[0] if len(texts) == 1 else f"mean of {len(texts)} inputs"

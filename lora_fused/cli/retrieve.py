@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AsJson, Quiet
+from lora_fused.cli.base_model import read_texts
 from lora_fused.cli.console import Reporter, print_json
 from lora_fused.cli.library import (
     Field,
@@ -51,6 +53,10 @@ def retrieve(
     units: Annotated[
         str, typer.Option(help="Of --temperature and --l1: raw, or median (of distances).")
     ] = "raw",
+    reference: Annotated[
+        str | None,
+        typer.Option(help="With --per-input: inputs that the library serves, to judge others by."),
+    ] = None,
     where: Filter = None,
     tags: Tags = None,
     apply: Annotated[
@@ -73,12 +79,15 @@ def retrieve(
     """
     from lora_fused.methods.rpe import explain, weigh
 
+    options = {"max_adapters": max_adapters, "temperature": temperature, "l1": l1, "units": units}
+    _check_options(weights, options, reference is not None and not per_input)
     _check_apply(apply, combination_type, rank, per_input, overwrite)
     library, reporter = open_library(uri, store), Reporter(quiet)
-    texts, queries = asked(library, inputs, text, field, per_input, model, reporter)
-    found = _found(library, queries, k, where, tags)
-    options = {"max_adapters": max_adapters, "temperature": temperature, "l1": l1, "units": units}
-    explained = explain(weigh(found, weights, **options))
+    known = [] if reference is None else read_texts(reference, field)
+    texts, queries = asked(library, inputs, text, field, per_input, model, reporter, known)
+    found = _found(library, queries[: len(texts)], k, where, tags)
+    others = queries[len(texts) :] if known else None
+    explained = explain(weigh(found, weights, **options), reference=others)
     told = [
         {"input": title, **dataclasses.asdict(one)}
         for title, one in zip(texts, explained, strict=True)
@@ -99,6 +108,18 @@ def retrieve(
         say(f"and {len(explained) - _SHOWN} more inputs (--json shows all)")
     if merged is not None:
         say(f"{str(merged.report).splitlines()[0]}\nwritten: {apply}")
+
+
+def _check_options(weights: str, options: dict, stray: bool) -> None:
+    """What weigh would refuse, before a model is loaded: by weighing one adapter."""
+    from lora_fused.methods.rpe import Prototypes, weigh
+    from lora_fused.methods.rpe import retrieve as nearest
+
+    if stray:
+        rule = "come with --per-input: inputs alone scatter more than means"
+        raise invalid("retrieve", "--reference", rule, "without")
+    point = torch.zeros(1, 1)
+    weigh(nearest(point, Prototypes(("any",), point)), weights, **options)
 
 
 def _check_apply(

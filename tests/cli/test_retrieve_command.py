@@ -116,6 +116,17 @@ def test_each_input_may_have_its_own(ask, library, queries, inputs):
     assert len({tuple(one["weights"]) for one in told["queries"]}) > 1
 
 
+def test_inputs_are_judged_by_inputs(run, library, base, tmp_path):
+    """Single inputs scatter more than means: judged by means, known ones would be outside."""
+    (tmp_path / "known.txt").write_text("\n".join(texts("pets", 30, seed=5)))
+    (tmp_path / "asked.txt").write_text("\n".join([*texts("pets", 4, seed=6), "xx yy zz"]))
+    inputs = ("--inputs", tmp_path / "asked.txt", "--per-input", "--model", base)
+    judged = ("--reference", tmp_path / "known.txt", "--tag", "living", "--json", "-q")
+    told = said(run("retrieve", library, *inputs, *judged))["queries"]
+    assert [one["of"] for one in told] == [30] * 5
+    assert [one["outside"] for one in told] == [False] * 4 + [True]
+
+
 @pytest.mark.parametrize("options", [(), ("--type", "svd", "--rank", 2)], ids=["cat", "svd"])
 def test_apply_writes_the_exact_merge(ask, library, tmp_path, options):
     out = tmp_path / "ensemble"
@@ -160,7 +171,9 @@ def test_large_libraries_are_asked_by_their_index(ask, monkeypatch):
 
 def test_rejects(run, ask, library, base, inputs, tmp_path):
     out = ("--apply", tmp_path / "out", "-q")
-    fault(ask("--weights", "best", "-q"), "weights", "'best'")
+    fault(ask("--weights", "best"), "weights", "'best'")  # before the model is loaded
+    fault(ask("--temperature", -1), "temperature", "-1")
+    fault(ask("--reference", inputs, "-q"), "--reference", "--per-input")
     fault(ask("--units", "mean", "-q"), "units", "'mean'")
     fault(ask("--per-input", *out), "--apply", "--per-input")
     fault(ask("--type", "ties", *out), "--type", "'ties'")

@@ -103,13 +103,19 @@ class Catalogue:
         few = names is not None and len(names) <= _FEW
         columns = ["name", "prototype", "count", "vector"]
         found = self._read(columns, _named(names) if few else None)
-        owners, numbers = found["name"].to_pylist(), found["prototype"].to_pylist()
-        wanted = None if names is None else set(names)
-        order = [i for i, name in enumerate(owners) if wanted is None or name in wanted]
-        order.sort(key=lambda i: (owners[i], numbers[i]))
-        counts = found["count"].to_pylist()
-        z = _tensor(found["vector"].chunks, self.space.size)[torch.tensor(order, dtype=torch.long)]
-        return [owners[i] for i in order], z, [counts[i] for i in order]
+        found = found.sort_by([("name", "ascending"), ("prototype", "ascending")])
+        owners, counts = found["name"].to_pylist(), found["count"].to_pylist()
+        z = _tensor(found["vector"].chunks, self.space.size)
+        if names is None or few:
+            return owners, z, counts
+        wanted = set(names)
+        order = [i for i, name in enumerate(owners) if name in wanted]
+        return [owners[i] for i in order], z[order], [counts[i] for i in order]
+
+    def columns(self, names: Sequence[str]) -> dict[str, list]:
+        """Some facts of all rows."""
+        found = self._read(list(names), None)
+        return {name: found[name].to_pylist() for name in names}
 
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
@@ -126,13 +132,15 @@ class Catalogue:
         self._table.delete(_named(names))
 
     def nearest(
-        self, query: list[float], limit: int, where: str | None
+        self, query: Tensor, limit: int, where: str | None, exact: bool
     ) -> tuple[list[str], list[float]]:
         """Names and squared distances of the nearest rows, nearest first."""
-        search = self._table.search(query, vector_column_name="vector").distance_type("l2")
+        search = self._table.search(query.numpy(), vector_column_name="vector").distance_type("l2")
         search = search.limit(limit).select(["name", "_distance"])
         # Where a filter leaves few, more partitions are looked through, if need be all.
         search = search.minimum_nprobes(_PROBES).maximum_nprobes(0)
+        if exact:
+            search = search.bypass_vector_index()
         if where is not None:
             search = search.where(where, prefilter=True)
         found = self._run(search, where)

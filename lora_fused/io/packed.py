@@ -171,7 +171,9 @@ class PackedStore:
         slot = bytes(bytes_of(self._take("index", number * SLOT, SLOT)))
         offset, size = (int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
         if not size:
-            raise invalid(OP, where, "be there", "none (removed, and compacted, meanwhile?)")
+            raise invalid(
+                OP, where, "be there", "none (removed or replaced, and compacted: refresh)"
+            )
         try:
             return json.loads(zlib.decompress(bytes_of(self._take("texts", offset, size))))
         except (zlib.error, ValueError) as error:

@@ -43,7 +43,8 @@ class AdapterLibrary(LibraryReader):
     nothing that was committed and leaves at most unused room, which ``compact`` gives back. Any
     number of processes read; writers wait for each other.
 
-    Limits: open a library in each process, after a fork: LanceDB's threads do not survive one.
+    Limits: open a library in each process, after a fork: LanceDB calls its use across one
+    experimental.
     On an object store (``s3://...``) lies the catalogue alone; the weights are in a folder that
     all writers share. Locks need flock (not on Windows).
 

@@ -36,7 +36,7 @@ from lora_fused.io.packed_records import (
     Record,
     bytes_of,
     content_digest,
-    folder_to_disk,
+    path_to_disk,
     to_disk,
     write_records,
 )
@@ -250,4 +250,4 @@ def _put_header(path: Path, identity: str, generation: int) -> None:
         file.write(json.dumps({**header, "generation": generation}, indent=1) + "\n")
         to_disk(file)
     os.replace(draft, path / HEADER)
-    folder_to_disk(path)
+    path_to_disk(path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.checks import invalid
+from lora_fused.io.packed_records import tree_to_disk
 from lora_fused.library.entries import OP, Entry, Space
 
 _TABLE = "catalogue"
@@ -34,12 +35,15 @@ class Catalogue:
 
     def __init__(self, table, space: Space, uri: str):
         self._table, self.space, self.uri = table, space, uri
+        self._on_disk: set[str] = set()
 
     @classmethod
     def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
         schema = _schema(space.size, {_HEADER: space.to_json().encode()})
         table = _connect(uri, options).create_table(_TABLE, schema=schema, mode="create")
-        return cls(table, space, uri)
+        made = cls(table, space, uri)
+        made._settle()
+        return made
 
     @classmethod
     def exists(cls, uri: str, options: Mapping[str, str] | None) -> bool:
@@ -120,6 +124,7 @@ class Catalogue:
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
         self._table.add(self._rows(entries, vectors))
+        self._settle()
 
     def replace(self, entry: Entry, vectors: Tensor) -> None:
         """Put new rows in the place of an entry's rows, in one commit."""
@@ -127,9 +132,11 @@ class Catalogue:
         change = change.when_matched_update_all().when_not_matched_insert_all()
         change = change.when_not_matched_by_source_delete(_named([entry.name]))
         change.execute(self._rows([entry], [vectors]))
+        self._settle()
 
     def remove(self, names: Sequence[str]) -> None:
         self._table.delete(_named(names))
+        self._settle()
 
     def nearest(
         self, query: Tensor, limit: int, where: str | None, exact: bool
@@ -176,11 +183,21 @@ class Catalogue:
             num_partitions=round(math.sqrt(rows)),
             replace=True,
         )
+        self._settle()
         return True
 
     def optimize(self, keep: datetime.timedelta | None) -> None:
         """Join small files, take new rows into the index, drop versions older than ``keep``."""
-        self._table.optimize(cleanup_older_than=keep)
+        self._table.optimize()
+        self._settle()
+        if keep is not None:
+            self._table.optimize(cleanup_older_than=keep)
+            self._on_disk.clear()
+
+    def _settle(self) -> None:
+        """See a commit on disk: the engine leaves that to the system, and power may fail."""
+        if "://" not in self.uri:
+            tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
 
     def _read(self, columns: list[str], where: str | None):
         search = self._table.search().select(columns).limit(None)

@@ -28,6 +28,7 @@ from lora_fused.library.sources import (
     sources,
     tags_of,
 )
+from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.progress import show
 from lora_fused.methods.prototypes import MINIMUM, Prototypes
 
@@ -97,6 +98,8 @@ class AdapterLibrary(LibraryReader):
         uri, store = places(uri, store)
         check_whole(OP, "size", size)
         check_whole(OP, "minimum", minimum, least=0)
+        if pooling not in (None, *POOLINGS):
+            raise invalid(OP, "pooling", f"be one of {POOLINGS} or None", repr(pooling))
         known, modules = known_base(base), None
         if not isinstance(base, str):
             modules = module_sizes(base)

@@ -36,7 +36,7 @@ from lora_fused.io.packed_records import (
     Record,
     bytes_of,
     content_digest,
-    folder_to_disk,
+    path_to_disk,
     to_disk,
     write_records,
 )
@@ -171,7 +171,9 @@ class PackedStore:
         slot = bytes(bytes_of(self._take("index", number * SLOT, SLOT)))
         offset, size = (int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
         if not size:
-            raise invalid(OP, where, "be there", "none (removed, and compacted, meanwhile?)")
+            raise invalid(
+                OP, where, "be there", "none (removed or replaced, and compacted: refresh)"
+            )
         try:
             return json.loads(zlib.decompress(bytes_of(self._take("texts", offset, size))))
         except (zlib.error, ValueError) as error:
@@ -248,4 +250,4 @@ def _put_header(path: Path, identity: str, generation: int) -> None:
         file.write(json.dumps({**header, "generation": generation}, indent=1) + "\n")
         to_disk(file)
     os.replace(draft, path / HEADER)
-    folder_to_disk(path)
+    path_to_disk(path)

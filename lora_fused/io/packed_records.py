@@ -1,5 +1,6 @@
 """Records of the packed store: their content's digest, and how they are written. See packed.py."""
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -135,7 +136,7 @@ def write_records(
             file.write(b"".join(n.to_bytes(8, "little") for n in place))
         to_disk(file)
     if new:
-        folder_to_disk(folder)
+        path_to_disk(folder)
     return records
 
 
@@ -181,8 +182,20 @@ def to_disk(file) -> None:
     os.fsync(file.fileno())
 
 
-def folder_to_disk(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def tree_to_disk(folder: Path, known: set[str]) -> None:
+    """Put files of a tree on disk that are not ``known``, which learns them."""
+    for place, _, names in os.walk(folder):
+        fresh = [path for name in names if (path := os.path.join(place, name)) not in known]
+        for path in fresh:
+            with contextlib.suppress(FileNotFoundError):  # a draft of another process
+                path_to_disk(path)
+        if fresh:
+            path_to_disk(place)
+        known.update(fresh)
+
+
+def path_to_disk(path: str | os.PathLike) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

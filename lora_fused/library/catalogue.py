@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.checks import invalid
+from lora_fused.io.packed_records import tree_to_disk
 from lora_fused.library.entries import OP, Entry, Space
 
 _TABLE = "catalogue"
@@ -34,12 +35,15 @@ class Catalogue:
 
     def __init__(self, table, space: Space, uri: str):
         self._table, self.space, self.uri = table, space, uri
+        self._on_disk: set[str] = set()
 
     @classmethod
     def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
         schema = _schema(space.size, {_HEADER: space.to_json().encode()})
         table = _connect(uri, options).create_table(_TABLE, schema=schema, mode="create")
-        return cls(table, space, uri)
+        made = cls(table, space, uri)
+        made._settle()
+        return made
 
     @classmethod
     def exists(cls, uri: str, options: Mapping[str, str] | None) -> bool:
@@ -103,17 +107,24 @@ class Catalogue:
         few = names is not None and len(names) <= _FEW
         columns = ["name", "prototype", "count", "vector"]
         found = self._read(columns, _named(names) if few else None)
-        owners, numbers = found["name"].to_pylist(), found["prototype"].to_pylist()
-        wanted = None if names is None else set(names)
-        order = [i for i, name in enumerate(owners) if wanted is None or name in wanted]
-        order.sort(key=lambda i: (owners[i], numbers[i]))
-        counts = found["count"].to_pylist()
-        z = _tensor(found["vector"].chunks, self.space.size)[torch.tensor(order, dtype=torch.long)]
-        return [owners[i] for i in order], z, [counts[i] for i in order]
+        found = found.sort_by([("name", "ascending"), ("prototype", "ascending")])
+        owners, counts = found["name"].to_pylist(), found["count"].to_pylist()
+        z = _tensor(found["vector"].chunks, self.space.size)
+        if names is None or few:
+            return owners, z, counts
+        wanted = set(names)
+        order = [i for i, name in enumerate(owners) if name in wanted]
+        return [owners[i] for i in order], z[order], [counts[i] for i in order]
+
+    def columns(self, names: Sequence[str]) -> dict[str, list]:
+        """Some facts of all rows."""
+        found = self._read(list(names), None)
+        return {name: found[name].to_pylist() for name in names}
 
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
         self._table.add(self._rows(entries, vectors))
+        self._settle()
 
     def replace(self, entry: Entry, vectors: Tensor) -> None:
         """Put new rows in the place of an entry's rows, in one commit."""
@@ -121,18 +132,22 @@ class Catalogue:
         change = change.when_matched_update_all().when_not_matched_insert_all()
         change = change.when_not_matched_by_source_delete(_named([entry.name]))
         change.execute(self._rows([entry], [vectors]))
+        self._settle()
 
     def remove(self, names: Sequence[str]) -> None:
         self._table.delete(_named(names))
+        self._settle()
 
     def nearest(
-        self, query: list[float], limit: int, where: str | None
+        self, query: Tensor, limit: int, where: str | None, exact: bool
     ) -> tuple[list[str], list[float]]:
         """Names and squared distances of the nearest rows, nearest first."""
-        search = self._table.search(query, vector_column_name="vector").distance_type("l2")
+        search = self._table.search(query.numpy(), vector_column_name="vector").distance_type("l2")
         search = search.limit(limit).select(["name", "_distance"])
         # Where a filter leaves few, more partitions are looked through, if need be all.
         search = search.minimum_nprobes(_PROBES).maximum_nprobes(0)
+        if exact:
+            search = search.bypass_vector_index()
         if where is not None:
             search = search.where(where, prefilter=True)
         found = self._run(search, where)
@@ -168,11 +183,21 @@ class Catalogue:
             num_partitions=round(math.sqrt(rows)),
             replace=True,
         )
+        self._settle()
         return True
 
     def optimize(self, keep: datetime.timedelta | None) -> None:
         """Join small files, take new rows into the index, drop versions older than ``keep``."""
-        self._table.optimize(cleanup_older_than=keep)
+        self._table.optimize()
+        self._settle()
+        if keep is not None:
+            self._table.optimize(cleanup_older_than=keep)
+            self._on_disk.clear()
+
+    def _settle(self) -> None:
+        """See a commit on disk: the engine leaves that to the system, and power may fail."""
+        if "://" not in self.uri:
+            tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
 
     def _read(self, columns: list[str], where: str | None):
         search = self._table.search().select(columns).limit(None)

@@ -28,6 +28,7 @@ from lora_fused.library.sources import (
     sources,
     tags_of,
 )
+from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.progress import show
 from lora_fused.methods.prototypes import MINIMUM, Prototypes
 
@@ -35,7 +36,27 @@ from lora_fused.methods.prototypes import MINIMUM, Prototypes
 class AdapterLibrary(LibraryReader):
     """A folder of adapters of one base, with vectors to find them by.
 
-    ...
+    An entry is an adapter under a name, the prototypes of its data (see ``make_prototypes``; no
+    data is kept), tags and metadata. Entries are found by vectors, filters and tags, and loaded
+    into an AdapterBank. Needs LanceDB: ``pip install lora-fused[library]``.
+
+    Safety: weights are on disk before the one commit that makes an entry. A killed process loses
+    nothing that was committed and leaves at most unused room, which ``compact`` gives back. Any
+    number of processes read; writers wait for each other.
+
+    Limits: open a library in each process, after a fork: LanceDB calls its use across one
+    experimental.
+    On an object store (``s3://...``) lies the catalogue alone; the weights are in a folder that
+    all writers share. Locks need flock (not on Windows).
+
+    Example:
+        >>> library = AdapterLibrary.create("adapters.library", base=model, size=384)
+        >>> made = rpe.make_prototypes({"math": library.embed(model, texts, tokenizer=tokenizer)})
+        >>> library.add("adapters/math", made, tags=["reasoning"])
+        >>> found = library.retrieve(library.embed(model, requests, tokenizer=tokenizer), k=4)
+        >>> handle = attach(model, library.load(found.prototypes.names))
+        >>> with handle.mix(rpe.weigh(found, "l1").mixture()):
+        ...     model(**tokenizer(requests, padding=True, return_tensors="pt"))
     """
 
     @classmethod
@@ -54,9 +75,31 @@ class AdapterLibrary(LibraryReader):
         store: str | os.PathLike | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> "AdapterLibrary":
+        """Make an empty library.
+
+        Args:
+            uri: A folder, or an address of an object store that LanceDB understands.
+            base: The model that adapters are attached to; modules and sizes of adapters are
+                checked against it. Or its fingerprint alone: then they are not.
+            size: E, of its features.
+            base_name: What adapters' configs may call the base, compared by its last part. Default:
+                the model's own name. Without one, any.
+            layer, pooling, normalize, max_length: How vectors are made; see ``rpe.embed``. Kept,
+                so that requests are embedded in the same way (``embed``).
+            minimum: Examples that every prototype must be the mean of, unless told otherwise.
+            store: Where the weights go. Default: ``weights`` inside the folder; with an object
+                store it must be given.
+            storage_options: See ``open``.
+
+        Raises:
+            FileExistsError: there is one.
+            ValueError: a wrong argument. RuntimeError: LanceDB is not installed.
+        """
         uri, store = places(uri, store)
         check_whole(OP, "size", size)
         check_whole(OP, "minimum", minimum, least=0)
+        if pooling not in (None, *POOLINGS):
+            raise invalid(OP, "pooling", f"be one of {POOLINGS} or None", repr(pooling))
         known, modules = known_base(base), None
         if not isinstance(base, str):
             modules = module_sizes(base)
@@ -85,6 +128,23 @@ class AdapterLibrary(LibraryReader):
         minimum: int | None = None,
         any_base: bool = False,
     ) -> Entry:
+        """Add one adapter.
+
+        Args:
+            adapter: A PEFT folder or file (see ``read_adapter``), or an Adapter.
+            prototypes: Prototypes that hold one of its name; or ``[E]`` or ``[P, E]``.
+            name: What to call it. Default: its own, or its folder's.
+            tags: To select entries by.
+            metadata: What JSON can hold.
+            counts: Examples behind each vector of a tensor.
+            minimum: Of examples behind each, for this once. 1: any number; 0: also an unknown one.
+            any_base: Take an adapter whose config names another base.
+
+        Raises:
+            ValueError: the name is taken or no folder can have it; another base, module or size;
+                vectors of another size, not finite, or of too few examples; values that no bank
+                can hold. The library is as it was. FileNotFoundError: a file is missing.
+        """
         adapter = self._adapter_of(adapter, name, any_base)
         name = adapter.name
         made = rules.as_prototypes(prototypes, [name], counts)
@@ -105,6 +165,27 @@ class AdapterLibrary(LibraryReader):
         any_base: bool = False,
         progress: Progress = True,
     ) -> list[str]:
+        """Add many, in batches of one commit each; names and prototypes are checked before.
+
+        An error, or the end of the process, keeps the batches that were committed; call it again
+        with ``existing="skip"`` for the rest.
+
+        Args:
+            adapters: Paths as ``load_adapters`` takes them, Adapters, or a bank.
+            prototypes: Of all of them.
+            tags: For all; or a dict of name to tags.
+            metadata: A dict of name to metadata.
+            existing: ``"skip"``: pass over names that have an entry.
+            batch: Adapters per commit.
+            minimum, any_base: See ``add``.
+            progress: True: a line on stderr where that is a terminal; or called as
+                progress(done, total) after each commit.
+
+        Returns:
+            The names that were added.
+
+        Raises: see ``add``.
+        """
         check_whole(OP, "batch", batch)
         if existing not in ("error", "skip"):
             raise invalid(OP, "existing", "be 'error' or 'skip'", repr(existing))
@@ -137,6 +218,10 @@ class AdapterLibrary(LibraryReader):
         minimum: int | None = None,
         any_base: bool = False,
     ) -> Entry:
+        """Change an entry in one commit: readers see the old one or the new one, whole.
+
+        Args: see ``add``; what is not given stays.
+        """
         change: dict = {}
         if adapter is not None:
             adapter = self._adapter_of(adapter, name, any_base)
@@ -164,6 +249,7 @@ class AdapterLibrary(LibraryReader):
         return entry
 
     def remove(self, names: str | Iterable[str]) -> None:
+        """Take entries out in one commit. Their weights' room comes back with ``compact``."""
         names = listed(names)
         with self._writing():
             self._some(names)
@@ -171,11 +257,32 @@ class AdapterLibrary(LibraryReader):
                 self._catalogue.remove(names)
 
     def index(self) -> bool:
+        """Build the index of vectors anew; without one every search compares all of them.
+
+        Later entries are found too, by comparing each; so index again when they are many. Worth
+        it from some 10^4 vectors on; below that there is none.
+
+        Returns:
+            Whether there is one.
+
+        Cost:
+            6 s for 10^5 vectors of 384.
+        """
         with self._writing():
             self._catalogue.optimize(None)
         return self._catalogue.index()
 
     def compact(self, *, keep: datetime.timedelta = datetime.timedelta(days=1)) -> None:
+        """Give back the room of removed and replaced entries, and join small files.
+
+        Who has the library open goes on reading the state it has seen.
+
+        Args:
+            keep: Older states of the catalogue go. Who has not refreshed for so long must.
+
+        Raises:
+            ValueError: an entry that is damaged (see ``verify``); nothing has changed then.
+        """
         with self._writing():
             self._store.compact({e.record: e.sha256 for e in self._catalogue.entries(None)})
             self._catalogue.optimize(keep)

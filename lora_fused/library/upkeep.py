@@ -46,20 +46,22 @@ class Stats:
 
 
 def measured(catalogue: Catalogue, store: PackedStore) -> Stats:
-    found = catalogue.entries(None)
-    counts = [count for entry in found for count in entry.counts]
+    wanted = ("prototype", "count", "rank", "bytes", "tags")
+    numbers, counts, *facts = catalogue.columns(wanted).values()
+    first = [row for row, number in enumerate(numbers) if number == 0]
+    ranks, sizes, tags = ([column[row] for row in first] for column in facts)
     return Stats(
-        entries=len(found),
+        entries=len(first),
         prototypes=len(counts),
         size=catalogue.space.size,
         base=catalogue.space.base,
         fingerprint=catalogue.space.fingerprint,
-        bytes=sum(entry.bytes for entry in found),
+        bytes=sum(sizes),
         disk=store.size(),
         indexed=catalogue.indexed(),
         unknown=counts.count(0),
-        ranks=dict(sorted(Counter(entry.rank for entry in found).items())),
-        tags=dict(sorted(Counter(tag for entry in found for tag in entry.tags).items())),
+        ranks=dict(sorted(Counter(ranks).items())),
+        tags=dict(sorted(Counter(tag for own in tags for tag in own).items())),
     )
 
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lora_fused.checks import invalid
 from lora_fused.cli.console import Reporter
@@ -45,7 +44,7 @@ def load_base(name: str, reporter: Reporter) -> Base:
 
 def base_folder(name: str) -> Path:
     """The folder of a model: itself, or the one in a package that has a config and weights."""
-    if Path(name).is_dir():
+    if Path(name, "config.json").is_file():
         return Path(name)
     rule = "be a model's folder or an installed package with one (hubs are not asked)"
     try:
@@ -63,40 +62,40 @@ def base_folder(name: str) -> Path:
 def base_of(library, model: str | None, reporter: Reporter) -> Base:
     """The base that is named, or else the one that the library was made with, if it is there.
 
-    Its fingerprint must be the library's.
+    Whether it is the library's is for ``library.embed`` to see.
     """
-    from lora_fused.library import fingerprint
-
-    space = library.space
     if model is None:
+        model = library.space.base or "not named"
         try:
-            base_folder(space.base or "")
+            base_folder(model)
         except ValueError:
-            rule = f"name the folder of the library's base ({space.base or 'not named'})"
+            rule = f"name the folder of the library's base ({model})"
             raise invalid("library", "--model", rule, None) from None
-        model = space.base
-    base = load_base(model, reporter)
-    known = fingerprint(base.model)
-    if known != space.fingerprint:
-        rule = f"be the library's base, of fingerprint {space.fingerprint[:12]}"
-        raise invalid("library", "--model", rule, f"{known[:12]} of {model}")
-    return base
+    return load_base(model, reporter)
 
 
-def features(base: Base, space, texts: list[str], progress) -> Tensor:
-    """``[n, E]``, made as all vectors of the library are."""
-    from lora_fused.methods.rpe import embed
+def asked(
+    library, inputs: str | None, text: list[str] | None, field: str, per_input: bool,
+    model: str | None, reporter: Reporter, also: Sequence[str] = (),
+):  # fmt: skip
+    """Titles and features of what is asked: a row of each input, or one of their mean.
 
-    return embed(
-        base.model,
-        texts,
-        tokenizer=base.tokenizer,
-        layer=space.layer,
-        pooling=space.pooling,
-        normalize=space.normalize,
-        max_length=space.max_length,
-        progress=progress,
-    )
+    Rows of ``also`` follow.
+    """
+    if (inputs is None) == (not text):
+        got = "both" if text else "neither"
+        raise invalid("library", "--inputs and --text", "be given one of them", got)
+    texts = text or read_texts(inputs, field)
+    base = base_of(library, model, reporter)
+    count = len(texts) + len(also)
+    with reporter.task(f"embedding {count} inputs", count) as advance:
+        found = library.embed(
+            base.model, [*texts, *also], tokenizer=base.tokenizer, progress=steps(advance)
+        )
+    if per_input:
+        return texts, found
+    title = texts[0] if len(texts) == 1 else f"mean of {len(texts)} inputs"
+    return [title], found.double().mean(0, keepdim=True).float()
 
 
 def steps(advance: Callable[..., None]) -> Callable[[int, int | None], None]:

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
+from lora_fused.cli.base_model import asked, load_base, steps
 from lora_fused.cli.console import Reporter, print_json, stdout, table
 
 app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
@@ -62,17 +62,17 @@ def create(
     quiet: Quiet = False,
 ) -> None:
     """Make an empty library for the adapters of one base."""
-    from lora_fused.cli.base_model import Base, features, load_base
-    from lora_fused.library import AdapterLibrary, Space
+    from lora_fused.library import AdapterLibrary
+    from lora_fused.methods.rpe import embed
 
     layer = int(layer) if layer is not None and layer.lstrip("-").isdigit() else layer
     options = {"layer": layer, "pooling": pooling, "normalize": normalize, "max_length": max_length}
-    base: Base = load_base(model, Reporter(quiet))
-    size = features(base, Space("", 0, "", **options), ["a text"], False).shape[1]
+    base = load_base(model, Reporter(quiet))
+    probe = embed(base.model, ["a text"], tokenizer=base.tokenizer, progress=False, **options)
     library = AdapterLibrary.create(
         uri,
         base=base.model,
-        size=size,
+        size=probe.shape[1],
         base_name=base_name,
         minimum=minimum,
         store=store,
@@ -208,8 +208,6 @@ def remove(uri: Uri, names: Names, store: Store = None, as_json: AsJson = False)
 @app.command()
 def verify(uri: Uri, store: Store = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Read every entry and check it against its checksum; exit code 1 where something is wrong."""
-    from lora_fused.cli.base_model import steps
-
     library = open_library(uri, store)
     with Reporter(quiet).task("verifying", len(library)) as advance:
         faults = library.verify(progress=steps(advance))
@@ -336,30 +334,6 @@ def selected(library, where: str | None, tags: list[str] | None) -> tuple[list, 
     all_of_them = where is None and not tags
     names = None if all_of_them else [entry.name for entry in entries]
     return entries, library.prototypes(names)
-
-
-def asked(
-    library, inputs: str | None, text: list[str] | None, field: str, per_input: bool,
-    model: str | None, reporter: Reporter, also: Sequence[str] = (),
-):  # fmt: skip
-    """Titles and features of what is asked: a row of each input, or one of their mean.
-
-    Rows of ``also`` follow.
-    """
-    from lora_fused.cli.base_model import base_of, features, read_texts, steps
-
-    if (inputs is None) == (not text):
-        got = "both" if text else "neither"
-        raise invalid("library", "--inputs and --text", "be given one of them", got)
-    texts = text or read_texts(inputs, field)
-    base = base_of(library, model, reporter)
-    count = len(texts) + len(also)
-    with reporter.task(f"embedding {count} inputs", count) as advance:
-        found = features(base, library.space, [*texts, *also], steps(advance))
-    if per_input:
-        return texts, found
-    title = texts[0] if len(texts) == 1 else f"mean of {len(texts)} inputs"
-    return [title], found.double().mean(0, keepdim=True).float()
 
 
 def check_page(path: str, op: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_fused.checks import invalid
-from lora_fused.cli.base_model import base_of, features, read_rows, read_texts, steps
+from lora_fused.cli.base_model import base_of, read_rows, read_texts, steps
 from lora_fused.cli.console import Reporter
 
 _KEYS = ("adapter", "examples", "name", "tags", "metadata")
@@ -111,7 +111,12 @@ def _add(library, jobs: list[Job], base, options: dict, advance):
     pickle = options["allow_pickle"]
     # Read first: a damaged adapter is told of before hours of embedding.
     adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
-    found = {job.name: features(base, library.space, job.texts, steps(advance)) for job in jobs}
+    found = {
+        job.name: library.embed(
+            base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)
+        )
+        for job in jobs
+    }
     minimum = library.space.minimum if options["minimum"] is None else options["minimum"]
     made = make_prototypes(
         found,

@@ -10,7 +10,7 @@ import typer
 
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AsJson, Quiet
-from lora_fused.cli.base_model import read_texts
+from lora_fused.cli.base_model import asked, read_texts
 from lora_fused.cli.console import Reporter, print_json
 from lora_fused.cli.library import (
     Field,
@@ -21,7 +21,6 @@ from lora_fused.cli.library import (
     Tags,
     Text,
     Uri,
-    asked,
     open_library,
     say,
     selected,

@@ -20,7 +20,7 @@ from support.tiny_library import (
 )
 
 from lora_fused.cli import library_add
-from lora_fused.cli.base_model import base_folder, features, load_base
+from lora_fused.cli.base_model import base_folder, load_base
 from lora_fused.cli.console import Reporter
 from lora_fused.library import AdapterLibrary
 from lora_fused.methods.rpe import make_prototypes
@@ -29,6 +29,12 @@ from lora_fused.methods.rpe import make_prototypes
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def features(opened, base, lines):
+    """By another copy of the base than the command's."""
+    loaded = load_base(str(base), Reporter(quiet=True))
+    return opened.embed(loaded.model, lines, tokenizer=loaded.tokenizer, progress=False)
 
 
 def row(**changes) -> str:
@@ -66,8 +72,8 @@ def test_create_tells_what_entries_share(run, base, tmp_path):
 
 
 def test_add_stores_the_means_of_the_examples(run, library, base):
-    opened, loaded = AdapterLibrary.open(library), load_base(str(base), Reporter(quiet=True))
-    found = {s: features(loaded, opened.space, texts(s), False) for s in sorted(SUBJECTS)}
+    opened = AdapterLibrary.open(library)
+    found = {s: features(opened, base, texts(s)) for s in sorted(SUBJECTS)}
     held, truth = opened.prototypes(), make_prototypes(found)
     assert held.names == truth.names and torch.equal(held.vectors, truth.vectors)
     assert held.counts.tolist() == [12, 12, 12]
@@ -110,8 +116,8 @@ def test_search_finds_adapters_of_such_inputs(run, library, base, tmp_path):
 def test_distances_are_those_to_the_prototypes(run, library, base):
     asked = ("--text", "cat likes dog", "--model", base, "--json", "-q")
     (answer,) = said(run("library", "search", library, *asked))
-    opened, loaded = AdapterLibrary.open(library), load_base(str(base), Reporter(quiet=True))
-    z = features(loaded, opened.space, ["cat likes dog"], False)
+    opened = AdapterLibrary.open(library)
+    z = features(opened, base, ["cat likes dog"])
     truth = (opened.prototypes().vectors - z).norm(dim=1)
     for row in answer["found"]:
         assert row["distance"] == pytest.approx(float(truth[opened.names.index(row["name"])]))
@@ -146,27 +152,29 @@ def test_add_passes_over_names_only_when_told(run, library, base, manifest):
 def test_an_interrupted_add_keeps_what_was_added(run, empty, base, manifest, monkeypatch):
     calls = []
 
-    def interrupted(*args):
+    embed = AdapterLibrary.embed
+
+    def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return features(*args)
+        return embed(*args, **options)
 
     monkeypatch.setattr(library_add, "_BATCH", 1)
-    monkeypatch.setattr(library_add, "features", interrupted)
+    monkeypatch.setattr(AdapterLibrary, "embed", interrupted)
     add = ("library", "add", empty, "--manifest", manifest, "--model", base)
     done = run(*add)
     assert done.exit_code == 130 and "2 of 3 adapters were added, and stay" in done.stderr
     assert len(said(run("library", "list", empty, "--json"))) == 2
     assert said(run("library", "verify", empty, "--json", "-q"))["faults"] == []
-    monkeypatch.setattr(library_add, "features", features)
+    monkeypatch.setattr(AdapterLibrary, "embed", embed)
     assert said(run(*add, "--skip-existing", "--json", "-q"))["added"] == ["cars"]
 
 
 def test_another_base_is_refused(run, empty, manifest, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     add = ("library", "add", empty, "--manifest", manifest, "--model", other, "-q")
-    fault(run(*add), "--model", "library's base")
+    fault(run(*add), "base", "library's fingerprint")
     named = save_adapter(tmp_path / "named", 6, base="another/model")
     (tmp_path / "e.txt").write_text("\n".join(texts("pets")))
     add = ("library", "add", empty, named, "--examples", tmp_path / "e.txt", "-q")

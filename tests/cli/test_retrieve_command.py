@@ -12,7 +12,7 @@ from support.tiny_library import BASE, SUBJECTS, fault, said, save_base, save_ma
 
 from lora_fused import read_adapter
 from lora_fused.cli import retrieve as command
-from lora_fused.cli.base_model import features, load_base
+from lora_fused.cli.base_model import load_base
 from lora_fused.cli.console import Reporter
 from lora_fused.library import AdapterLibrary
 from lora_fused.methods import merge
@@ -49,8 +49,13 @@ def ask(run, library, base, inputs):
 
 @pytest.fixture
 def queries(library, base, inputs):
-    space, loaded = AdapterLibrary.open(library).space, load_base(str(base), Reporter(quiet=True))
-    return features(loaded, space, inputs.read_text().splitlines(), False)
+    return features(AdapterLibrary.open(library), base, inputs.read_text().splitlines())
+
+
+def features(opened, base, lines):
+    """By another copy of the base than the command's."""
+    loaded = load_base(str(base), Reporter(quiet=True))
+    return opened.embed(loaded.model, lines, tokenizer=loaded.tokenizer, progress=False)
 
 
 def mean(queries):
@@ -95,9 +100,8 @@ def test_warns_of_what_the_library_does_not_know(run, ask, library, queries, bas
     opened = AdapterLibrary.open(library)
     pets = opened.adapter("pets")
     opened.remove(["cars", "food"])
-    space, loaded = opened.space, load_base(str(base), Reporter(quiet=True))
     for i in range(25):
-        z = features(loaded, space, texts("pets", 12, seed=100 + i), False).mean(0)
+        z = features(opened, base, texts("pets", 12, seed=100 + i)).mean(0)
         opened.add(dataclasses.replace(pets, name=f"pets{i}"), z, counts=12)
     for subject, outside in (("pets", False), ("cars", True)):
         words = [part for text in texts(subject, 12, seed=9) for part in ("--text", text)]

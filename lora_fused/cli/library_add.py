@@ -106,11 +106,14 @@ def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dic
 def _add(library, jobs: list[Job], base, options: dict, advance):
     """One commit; what the noise did, if any."""
     from lora_fused.io import read_adapter
+    from lora_fused.library.entries import check_adapter
     from lora_fused.methods.rpe import make_prototypes
 
     pickle = options["allow_pickle"]
-    # Read first: a damaged adapter is told of before hours of embedding.
+    # First: a damaged adapter, or one of another base, is told of before the embedding.
     adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
+    for adapter in adapters:
+        check_adapter(adapter, library.space, options["any_base"])
     found = {
         job.name: library.embed(
             base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)

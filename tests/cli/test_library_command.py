@@ -270,3 +270,13 @@ def test_a_base_in_a_package_is_found(base, tmp_path, monkeypatch):
     (facts / "RECORD").write_text("other/config.json,,\n")
     with pytest.raises(ValueError, match="tinybase with 0 of them"):
         base_folder("tinybase")
+
+
+def test_adapters_are_checked_before_anything_is_embedded(run, empty, base, manifest, monkeypatch):
+    monkeypatch.setattr(AdapterLibrary, "embed", lambda *_, **__: pytest.fail("embedded"))
+    add = ("library", "add", empty, "--manifest", manifest, "--model", base, "-q")
+    config = manifest.parent / "adapters" / "cars" / "adapter_config.json"
+    config.write_text(config.read_text().replace(BASE, "another/base"))
+    fault(run(*add), "'cars'", "another/base", "--any-base")
+    (config.parent / "adapter_model.safetensors").write_bytes(b"damaged")
+    fault(run(*add), "cars")

@@ -276,7 +276,7 @@ def test_adapters_are_checked_before_anything_is_embedded(run, empty, base, mani
     monkeypatch.setattr(AdapterLibrary, "embed", lambda *_, **__: pytest.fail("embedded"))
     add = ("library", "add", empty, "--manifest", manifest, "--model", base, "-q")
     config = manifest.parent / "adapters" / "cars" / "adapter_config.json"
-    config.write_text(config.read_text().replace(BASE, "another/base"))
-    fault(run(*add), "'cars'", "another/base", "--any-base")
+    config.write_text(config.read_text().replace(BASE, "another/model"))
+    fault(run(*add), "'cars'", "another/model", "--any-base")
     (config.parent / "adapter_model.safetensors").write_bytes(b"damaged")
     fault(run(*add), "cars")

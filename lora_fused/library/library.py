@@ -233,7 +233,7 @@ class AdapterLibrary(LibraryReader):
         elif counts is not None:
             raise invalid(OP, "counts", "come with prototypes", repr(counts))
         if tags is not None:
-            change["tags"] = rules.check_tags(tags, name)
+            change["tags"] = rules.check_tags(tags)
         if metadata is not None:
             change["metadata"] = rules.check_metadata(metadata, name)
         with self._writing():

@@ -6,7 +6,7 @@ about which records count; a library's catalogue does. Whatever a killed writer 
 room at the files' ends that no record of the catalogue names.
 
     store.json          format, identity, current generation
-    lock                held by the one writer
+    lock, queue         held by the one writer, and by who is next
     <generation>/index  16 bytes per record: where its text lies
     <generation>/texts  zlib of JSON: modules with places, ranks and scales; saved tensors; metadata
     <generation>/<I>x<O>-<dtype>[-embedding]    lora_a [R, I] and lora_b [R, O], module by module
@@ -131,8 +131,10 @@ class PackedStore:
         """Keep these records alone, number -> sha256; call it within ``writing``.
 
         They are copied to a new generation that takes the old one's place at once. Who has the
-        old files mapped goes on reading them.
+        old files mapped goes on reading them. Where all records are live nothing is copied.
         """
+        if self._numbers() == live.keys():
+            return
         fresh = self.path / str(self.generation + 1)
         self._clear()
         fresh.mkdir()
@@ -147,6 +149,13 @@ class PackedStore:
     def size(self) -> int:
         """Bytes on disk, garbage included."""
         return sum(f.stat().st_size for f in self._folder.iterdir())
+
+    def _numbers(self) -> set[int]:
+        """Of all records, live or not."""
+        index = self._folder / "index"
+        slots = index.read_bytes() if index.exists() else b""
+        starts = range(0, len(slots) - SLOT + 1, SLOT)
+        return {at // SLOT for at in starts if any(slots[at + 8 : at + SLOT])}
 
     def _clear(self) -> None:
         """Remove every generation but the current one."""
@@ -218,20 +227,25 @@ def locked(path: str | os.PathLike, wait: float = 60.0) -> Iterator[None]:
         import fcntl
     except ImportError as error:
         raise RuntimeError(f"{OP}: the system must have flock to write, got none") from error
-    path = Path(path)
+    path, until = Path(path), time.monotonic() + wait
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "lock", "ab") as file:
-        until = time.monotonic() + wait
+
+    def take(file) -> None:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > until:
                     got = f"another writer for {wait:.0f} s"
                     message = f"{OP}: {path} must be free to write, got {got}"
                     raise RuntimeError(message) from None
                 time.sleep(0.02)
+
+    # Who waits for the lock holds the queue, so that one who writes again and again must wait too.
+    with open(path / "lock", "ab") as lock, open(path / "queue", "ab") as queue:
+        take(queue)
+        take(lock)
+        fcntl.flock(queue, fcntl.LOCK_UN)
         yield
 
 

@@ -68,7 +68,8 @@ def _settled(adapter: Adapter) -> Adapter:
     for module, part in adapter.modules.items():
         dtype = torch.promote_types(part.lora_a.dtype, part.lora_b.dtype)
         sides = (t.detach().cpu().to(dtype).contiguous() for t in (part.lora_a, part.lora_b))
-        modules[module] = dataclasses.replace(part, **dict(zip(_SIDES, sides, strict=True)))
+        sides = dict(zip(_SIDES, sides, strict=True))
+        modules[module] = dataclasses.replace(part, **sides, scale=float(part.scale))
     return dataclasses.replace(adapter, modules=modules)
 
 

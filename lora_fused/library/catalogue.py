@@ -175,14 +175,11 @@ class Catalogue:
         rows = self.rows()
         if rows < _INDEX_FROM:
             return False
-        self._table.create_scalar_index("name", replace=True)
-        self._table.create_index(
-            metric="l2",
-            vector_column_name="vector",
-            index_type="IVF_FLAT",
-            num_partitions=round(math.sqrt(rows)),
-            replace=True,
-        )
+        from lancedb.index import BTree, IvfFlat
+
+        self._table.create_index("name", config=BTree(), replace=True)
+        flat = IvfFlat(distance_type="l2", num_partitions=round(math.sqrt(rows)))
+        self._table.create_index("vector", config=flat, replace=True)
         self._settle()
         return True
 
@@ -238,16 +235,21 @@ def tagged(filter: str | None, tags: Iterable[str]) -> str | None:
     return " AND ".join([*parts, f"array_has_all(tags, [{listed}])"] if listed else parts) or None
 
 
-def _connect(uri: str, options: Mapping[str, str] | None):
+def _engine():
     try:
         import lancedb
     except ImportError as error:
         message = f"{OP}: lancedb must be installed, got none; pip install lora-fused[library]"
         raise RuntimeError(message) from error
-    return lancedb.connect(uri, storage_options=None if options is None else dict(options))
+    return lancedb
+
+
+def _connect(uri: str, options: Mapping[str, str] | None):
+    return _engine().connect(uri, storage_options=None if options is None else dict(options))
 
 
 def _table(uri: str, options: Mapping[str, str] | None):
+    _engine()
     # Connecting would make the folder.
     if "://" not in uri and not Path(uri, f"{_TABLE}.lance").is_dir():
         return None

@@ -94,10 +94,10 @@ def check_name(name: object) -> str:
     return name
 
 
-def check_tags(tags: object, name: str) -> tuple[str, ...]:
+def check_tags(tags: object, label: str = "tags") -> tuple[str, ...]:
     listed = isinstance(tags, Sequence) and not isinstance(tags, str)
     if not listed or not all(isinstance(tag, str) and tag for tag in tags):
-        raise invalid(OP, f"tags of {name!r}", "be a list of strings, none empty", repr(tags))
+        raise invalid(OP, label, "be a list of strings, none empty", repr(tags))
     return tuple(dict.fromkeys(tags))
 
 

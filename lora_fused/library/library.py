@@ -47,7 +47,7 @@ class AdapterLibrary(LibraryReader):
     Limits: open a library in each process, after a fork: LanceDB calls its use across one
     experimental.
     On an object store (``s3://...``) lies the catalogue alone; the weights are in a folder that
-    all writers share. Locks need flock (not on Windows).
+    all writers share. Not on Windows, which lacks flock and private maps.
 
     Example:
         >>> library = AdapterLibrary.create("adapters.library", base=model, size=384)
@@ -233,7 +233,7 @@ class AdapterLibrary(LibraryReader):
         elif counts is not None:
             raise invalid(OP, "counts", "come with prototypes", repr(counts))
         if tags is not None:
-            change["tags"] = rules.check_tags(tags, name)
+            change["tags"] = rules.check_tags(tags)
         if metadata is not None:
             change["metadata"] = rules.check_metadata(metadata, name)
         with self._writing():
@@ -275,7 +275,8 @@ class AdapterLibrary(LibraryReader):
     def compact(self, *, keep: datetime.timedelta = datetime.timedelta(days=1)) -> None:
         """Give back the room of removed and replaced entries, and join small files.
 
-        Who has the library open goes on reading the state it has seen.
+        Who has the library open goes on reading the state it has seen. Needs room for a second
+        copy of the weights where there is garbage among them.
 
         Args:
             keep: Older states of the catalogue go. Who has not refreshed for so long must.

@@ -113,7 +113,7 @@ class LibraryReader:
 
     def entries(self, filter: str | None = None, *, tags: Sequence[str] = ()) -> list[Entry]:
         """Facts of all entries, or of those that a filter and tags select; see ``search``."""
-        return self._catalogue.entries(tagged(filter, check_tags(tags, "the search")))
+        return self._catalogue.entries(tagged(filter, check_tags(tags)))
 
     def entry(self, name: str) -> Entry:
         """Facts of one entry."""
@@ -169,7 +169,7 @@ class LibraryReader:
             Exact: Q * P * E multiply-adds. With the index, 3 ms per query at 10^5 vectors.
         """
         check_whole(OP, "k", k)
-        where = tagged(filter, check_tags(tags, "the search"))
+        where = tagged(filter, check_tags(tags))
         return [self._nearest(q, k, where, exact) for q in self._queries(queries)]
 
     def retrieve(

@@ -83,9 +83,9 @@ def read_source(source: object, name: str | None) -> Adapter:
 def tags_of(names: Sequence[str], tags: object) -> dict[str, tuple[str, ...]]:
     """Of each name its tags, from one list for all or a dict."""
     if not isinstance(tags, Mapping):
-        return dict.fromkeys(names, check_tags(tags, "all"))
+        return dict.fromkeys(names, check_tags(tags))
     _refuse_others(names, tags, "tags")
-    return {name: check_tags(tags.get(name, ()), name) for name in names}
+    return {name: check_tags(tags.get(name, ()), f"tags of {name!r}") for name in names}
 
 
 def metadata_of(names: Sequence[str], metadata: Mapping[str, dict] | None) -> dict[str, dict]:

@@ -263,11 +263,22 @@ def test_compaction_keeps_numbers(filled):
     assert late.number == 9
 
 
+def test_compaction_without_garbage_copies_nothing(filled):
+    store, records, _ = filled
+    with store.writing():
+        store.compact({r.number: r.sha256 for r in records})
+        assert store.generation == 0
+        store.compact({r.number: r.sha256 for r in records[1:]})
+        assert store.generation == 1
+        store.compact({r.number: r.sha256 for r in records[1:]})
+    assert store.generation == 1 and store.read(5).name == "a5"
+
+
 def test_compaction_refuses_damage(filled):
     store, records, _ = filled
     flip(file_of(store, "8x12-float32"), 8)
     with store.writing(), pytest.raises(ValueError, match=r"record 0 .* must match its checksum"):
-        store.compact({r.number: r.sha256 for r in records})
+        store.compact({r.number: r.sha256 for r in records[:8]})
     assert PackedStore(store.path).read(5, records[5].sha256).name == "a5"
 
 

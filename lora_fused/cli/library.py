@@ -1,0 +1,381 @@
+"""``lora-fused library``: adapters of one base, found by what they were trained for."""
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_fused.checks import invalid
+from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
+from lora_fused.cli.base_model import asked, load_base, steps
+from lora_fused.cli.console import Reporter, print_json, stdout, table
+
+app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
+
+Uri = Annotated[str, typer.Argument(metavar="URI", help="The library: a folder, or s3://...")]
+Store = Annotated[
+    str | None, typer.Option(help="Folder of the weights, where the URI is no folder.")
+]
+Model = Annotated[
+    str | None, typer.Option(help="Folder of the frozen base, or the package that holds it.")
+]
+Inputs = Annotated[
+    str | None, typer.Option(help="A file of inputs: .txt, one per line, or .jsonl.")
+]
+Text = Annotated[list[str] | None, typer.Option(help="An input, in place of --inputs; repeatable.")]
+Field = Annotated[str, typer.Option(help="Of .jsonl files: which field holds the input.")]
+Filter = Annotated[
+    str | None, typer.Option(help="SQL over an entry's facts, as in 'rank <= 8 AND count > 50'.")
+]
+Tags = Annotated[list[str] | None, typer.Option("--tag", help="Entries with this tag; repeatable.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...")]
+Seed = Annotated[int, typer.Option("--seed", help="Of k-means.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Allow adapters whose configs name another base.")
+]
+
+
+@app.command()
+def create(
+    uri: Uri,
+    model: Annotated[str, typer.Option(help="Folder of the frozen base, or its package.")],
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What adapters' configs call the base. Default: what its own does."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Where vectors are read: a module, or a number (-1: last).")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Over tokens: mean (default), first, last or max.")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an input, at most.")] = None,
+    minimum: Annotated[
+        int, typer.Option(help="Examples in a prototype, at least: it must hide each of them.")
+    ] = 10,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an empty library for the adapters of one base."""
+    from lora_fused.library import AdapterLibrary
+    from lora_fused.methods.rpe import embed
+
+    layer = int(layer) if layer is not None and layer.lstrip("-").isdigit() else layer
+    options = {"layer": layer, "pooling": pooling, "normalize": normalize, "max_length": max_length}
+    base = load_base(model, Reporter(quiet))
+    probe = embed(base.model, ["a text"], tokenizer=base.tokenizer, progress=False, **options)
+    library = AdapterLibrary.create(
+        uri,
+        base=base.model,
+        size=probe.shape[1],
+        base_name=base_name,
+        minimum=minimum,
+        store=store,
+        **options,
+    )
+    told = _space(uri, library.space)
+    print_json(told) if as_json else _say_facts(told)
+
+
+@app.command()
+def add(
+    uri: Uri,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER]...")] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="Inputs that the one adapter was trained on.")
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            help='Many: a .jsonl file of {"adapter": PATH, "examples": FILE, "name": ..., '
+            '"tags": [...], "metadata": {...}}; paths from where it lies.'
+        ),
+    ] = None,
+    field: Field = "text",
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="For all; repeatable.")] = None,
+    per_adapter: Annotated[int, typer.Option(help="Prototypes of an adapter, at most.")] = 1,
+    noise: Annotated[
+        float, typer.Option(help="Standard deviation of noise on prototypes; its effect is told.")
+    ] = 0.0,
+    minimum: Annotated[
+        int | None, typer.Option(help="Examples in a prototype. Default: the library's.")
+    ] = None,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Pass over names that are there.")
+    ] = False,
+    model: Model = None,
+    store: Store = None,
+    seed: Seed = 0,
+    any_base: AnyBase = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add adapters with the means of their example inputs, embedded by the frozen base."""
+    from lora_fused.cli.library_add import add_jobs, jobs_of
+
+    library = open_library(uri, store)
+    options = {"per_adapter": per_adapter, "noise": noise, "minimum": minimum, "seed": seed}
+    options |= {"tags": tags or [], "skip_existing": skip_existing, "model": model}
+    options |= {"any_base": any_base, "allow_pickle": allow_pickle}
+    jobs = jobs_of(paths or [], examples, manifest, field)
+    told = add_jobs(library, jobs, options, Reporter(quiet))
+    noise_told = told["noise"]
+    if as_json:
+        noise_told = None if noise_told is None else dataclasses.asdict(noise_told)
+        print_json({**told, "noise": noise_told, "entries": len(library)})
+        return
+    say(f"added {len(told['added'])}, the library holds {len(library)}")
+    if told["skipped"]:
+        say(f"passed over {len(told['skipped'])} that were there")
+    if noise_told is not None:
+        say(str(noise_told))
+
+
+@app.command(name="list")
+def list_entries(
+    uri: Uri, where: Annotated[str | None, typer.Option("--filter")] = None, tags: Tags = None,
+    store: Store = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Show the entries, or those that a filter and tags select."""
+    found = open_library(uri, store).entries(where, tags=tags or [])
+    if as_json:
+        print_json([facts(entry) for entry in found])
+        return
+    columns = {"name": "left", "tags": "left", "rank": "right", "examples": "right"}
+    columns |= {"KiB": "right", "added": "left"}
+    rows = [[*_row(e), f"{e.bytes / 1024:.0f}", f"{e.created:%Y-%m-%d}"] for e in found]
+    stdout().print(table(f"{len(found)} entries", columns, rows))
+
+
+@app.command()
+def search(
+    uri: Uri,
+    inputs: Inputs = None,
+    text: Text = None,
+    field: Field = "text",
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 8,
+    where: Filter = None,
+    tags: Tags = None,
+    per_input: Annotated[
+        bool, typer.Option("--per-input", help="Each input alone, not the mean of all.")
+    ] = False,
+    model: Model = None,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the adapters whose examples are most like some inputs."""
+    library = open_library(uri, store)
+    texts, queries = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
+    hits = library.search(queries, k=k, filter=where, tags=tags or [])
+    entries = {name: library.entry(name) for hit in hits for name in hit.names}
+    found = [
+        [
+            {**facts(entries[name]), "distance": max(far, 0.0) ** 0.5}
+            for name, far in zip(hit.names, hit.distances, strict=True)
+        ]
+        for hit in hits
+    ]
+    if as_json:
+        print_json([{"input": t, "found": rows} for t, rows in zip(texts, found, strict=True)])
+        return
+    columns = {"name": "left", "tags": "left", "rank": "right", "examples": "right"}
+    for title, rows, hit in zip(texts, found, hits, strict=True):
+        cells = [
+            [*_row(entries[n]), f"{r['distance']:.4g}"]
+            for n, r in zip(hit.names, rows, strict=True)
+        ]
+        stdout().print(table(title, columns | {"distance": "right"}, cells))
+
+
+@app.command()
+def remove(uri: Uri, names: Names, store: Store = None, as_json: AsJson = False) -> None:
+    """Take entries out; compact frees their room."""
+    library = open_library(uri, store)
+    library.remove(names)
+    if as_json:
+        print_json({"removed": names, "entries": len(library)})
+    else:
+        say(f"removed {len(names)}, the library holds {len(library)}")
+
+
+@app.command()
+def verify(uri: Uri, store: Store = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Read every entry and check it against its checksum; exit code 1 where something is wrong."""
+    library = open_library(uri, store)
+    with Reporter(quiet).task("verifying", len(library)) as advance:
+        faults = library.verify(progress=steps(advance))
+    if as_json:
+        print_json({"entries": len(library), "faults": [fault._asdict() for fault in faults]})
+    else:
+        say(f"{len(library)} entries, {len(faults)} faults")
+        for fault in faults:
+            say(f"{fault.name}: {fault.what}")
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command()
+def stats(uri: Uri, store: Store = None, as_json: AsJson = False) -> None:
+    """Show what a library holds: entries, tags, ranks, bytes, its base."""
+    library = open_library(uri, store)
+    told = {**_space(uri, library.space), **dataclasses.asdict(library.stats())}
+    if as_json:
+        print_json(told)
+        return
+    tags = [[tag, count] for tag, count in told.pop("tags").items()]
+    _say_facts(told)
+    stdout().print(table("", {"tag": "left", "entries": "right"}, tags))
+
+
+@app.command()
+def export(
+    uri: Uri,
+    names: Names,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write entries as PEFT folders, one per name, with what their files said."""
+    from lora_fused.io.peft import check_target
+
+    library = open_library(uri, store)
+    for name in names:
+        library.entry(name)
+        check_target(Path(output, name), overwrite, "library export")
+    with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
+        for name in names:
+            library.export(name, Path(output, name), overwrite_ok=overwrite)
+            advance(1)
+    if as_json:
+        print_json({"written": [str(Path(output, name)) for name in names]})
+    else:
+        for name in names:
+            say(f"written: {Path(output, name)}")
+
+
+@app.command()
+def compact(
+    uri: Uri,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Keep what was current in the last days, for readers.")
+    ] = 1.0,
+    index: Annotated[
+        bool, typer.Option("--index", help="Build the vector index, too (from 10^4 vectors on).")
+    ] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Free the room of removed and replaced entries."""
+    library = open_library(uri, store)
+    before = library.stats().disk
+    with Reporter(quiet).task("compacting", 2) as advance:
+        library.compact(keep=datetime.timedelta(days=keep_days))
+        advance(1)
+        built = library.index() if index else False
+        advance(1)
+    told = {"disk_before": before, "disk": library.stats().disk, "indexed": built}
+    print_json(told) if as_json else _say_facts(told)
+
+
+@app.command()
+def atlas(
+    uri: Uri,
+    output: Annotated[str, typer.Option("--output", "-o", help="The HTML page to write.")],
+    inputs: Inputs = None,
+    text: Text = None,
+    field: Field = "text",
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Adapters of a request.")] = 5,
+    weights: Annotated[str, typer.Option(help="Of a request; see lora-fused retrieve.")] = "l1",
+    clusters: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    where: Filter = None,
+    tags: Tags = None,
+    seed: Seed = 0,
+    model: Model = None,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a map of the library as one HTML page, with a request's adapters and weights."""
+    from lora_fused.library.atlas import make_atlas
+    from lora_fused.methods.rpe import retrieve, weigh
+
+    check_page(output, "library atlas")
+    library, chosen = open_library(uri, store), None
+    entries, prototypes = selected(library, where, tags)
+    if inputs is not None or text:
+        _, query = asked(library, inputs, text, field, False, model, Reporter(quiet))
+        chosen = weigh(retrieve(query, prototypes, k=k), weights)
+    made = make_atlas(entries, prototypes, clusters=clusters, chosen=chosen, seed=seed)
+    made.save_html(output)
+    told = {
+        "written": output,
+        "adapters": len(entries),
+        "prototypes": len(made.points),
+        "variance_shown": sum(made.explained),
+        "clusters": [cluster.size for cluster in made.clusters],
+    }
+    print_json(told) if as_json else _say_facts(told)
+
+
+def open_library(uri: str, store: str | None):
+    from lora_fused.library import AdapterLibrary
+
+    return AdapterLibrary.open(uri, store=store)
+
+
+def selected(library, where: str | None, tags: list[str] | None) -> tuple[list, object]:
+    """The entries that a filter and tags leave, and their prototypes."""
+    entries = library.entries(where, tags=tags or [])
+    if not entries:
+        rule = "leave entries of the library" if where or tags else "hold entries"
+        raise invalid("library", "--filter and --tag" if where or tags else "URI", rule, "none")
+    all_of_them = where is None and not tags
+    names = None if all_of_them else [entry.name for entry in entries]
+    return entries, library.prototypes(names)
+
+
+def check_page(path: str, op: str) -> None:
+    """Before anything is computed: what could not be written would be lost at the end."""
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{op}: no such folder: {Path(path).absolute().parent}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{op}: --output names a folder: {path}")
+
+
+def facts(entry) -> dict:
+    """An entry as JSON."""
+    told = dataclasses.asdict(entry)
+    times = {key: told[key].isoformat() for key in ("created", "updated")}
+    return {**told, **times, "tags": list(entry.tags), "counts": list(entry.counts)}
+
+
+def say(text: str) -> None:
+    stdout().print(text, markup=False, soft_wrap=True)
+
+
+def _row(entry) -> list[object]:
+    known = sum(entry.counts) if all(entry.counts) else "not known"
+    return [entry.name, ", ".join(entry.tags), entry.rank, known]
+
+
+def _space(uri: str, space) -> dict:
+    told = {name: getattr(space, name) for name in ("size", "base", "fingerprint", "minimum")}
+    names = ("layer", "pooling", "normalize", "max_length")
+    return {"library": uri, **told, **{name: getattr(space, name) for name in names}}
+
+
+def _say_facts(told: dict) -> None:
+    for name, fact in told.items():
+        if isinstance(fact, (dict, list)):
+            fact = json.dumps(fact)
+        shown = f"{fact:.4g}" if isinstance(fact, float) else fact
+        say(f"{name.replace('_', ' ')}: {'-' if fact is None else shown}")

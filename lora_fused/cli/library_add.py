@@ -1,0 +1,140 @@
+"""What ``lora-fused library add`` is asked to add, and how it does that."""
+
+import json
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_fused.checks import invalid
+from lora_fused.cli.base_model import base_of, read_rows, read_texts, steps
+from lora_fused.cli.console import Reporter
+
+_KEYS = ("adapter", "examples", "name", "tags", "metadata")
+_BATCH = 32  # adapters in a commit
+
+
+class Job(NamedTuple):
+    """One adapter to add: where it is, its example texts, and what is said of it."""
+
+    path: Path
+    name: str
+    texts: list[str]
+    tags: list[str]
+    metadata: dict
+
+
+def jobs_of(paths: list[str], examples: str | None, manifest: str | None, field: str) -> list[Job]:
+    """What a command line or a manifest names, all of it read; nothing is added before."""
+    if (examples is None) == (manifest is None):
+        got = "both" if examples else "neither"
+        raise invalid("library add", "--examples and --manifest", "be given one of them", got)
+    if manifest is None:
+        from lora_fused.io.find import expand
+        from lora_fused.io.peft import default_name
+
+        found = expand(paths) if paths else []
+        if len(found) != 1:
+            rule = "name one adapter with --examples (of several: --manifest)"
+            raise invalid("library add", "paths", rule, len(found))
+        jobs = [Job(found[0], default_name(found[0]), read_texts(examples, field), [], {})]
+    else:
+        if paths:
+            raise invalid("library add", "paths", "be left out with --manifest", paths[0])
+        jobs = list(_of_manifest(Path(manifest), field))
+    if not jobs:
+        raise invalid("library add", str(manifest), "name adapters, one per line", "none")
+    names = [job.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            rule = 'differ (an entry of the manifest may have its own: "name")'
+            raise invalid("library add", "names of adapters", rule, f"{name!r} twice")
+    return jobs
+
+
+def _of_manifest(path: Path, field: str) -> Iterator[Job]:
+    from lora_fused.io.peft import default_name
+    from lora_fused.library.entries import check_metadata, check_name, check_tags
+
+    if not path.is_file():
+        raise FileNotFoundError(f"library add: no such manifest: {path}")
+    for where, row in read_rows(path):
+        for key in row:
+            if key not in _KEYS:
+                close = get_close_matches(key, _KEYS, n=1)
+                hint = f" (close: {close[0]!r})" if close else ""
+                raise invalid("library add", f"keys of {where}", f"be of {_KEYS}{hint}", repr(key))
+        for key in ("adapter", "examples"):
+            if not isinstance(row.get(key), str):
+                rule = f"have a path as {key!r}"
+                raise invalid("library add", where, rule, json.dumps(row.get(key)))
+        adapter = path.parent / row["adapter"]
+        texts = read_texts(path.parent / row["examples"], field)
+        name = check_name(row.get("name", default_name(adapter)))
+        tags, metadata = check_tags(row.get("tags", []), name), row.get("metadata")
+        yield Job(adapter, name, texts, list(tags), check_metadata(metadata, name))
+
+
+def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dict:
+    """Embed and add, some adapters in a commit; what was added stays if it is interrupted."""
+    held = [job.name for job in jobs if job.name in set(library.names)]
+    if held and not options["skip_existing"]:
+        rule = "be new (--skip-existing passes over those that are there)"
+        raise invalid("library add", "names", rule, ", ".join(map(repr, held[:4])))
+    left = [job for job in jobs if job.name not in held]
+    told = {"added": [], "skipped": held, "noise": None}
+    if not left:
+        return told
+    base = base_of(library, options["model"], reporter)
+    # Noise is reported against the neighbours, so all must be there at once.
+    size = len(left) if options["noise"] else _BATCH
+    total = sum(len(job.texts) for job in left)
+    label = f"adding {len(left)} adapters by {total} examples"
+    try:
+        with reporter.task(label, total) as advance:
+            for i in range(0, len(left), size):
+                noise = _add(library, left[i : i + size], base, options, advance)
+                told["added"] += [job.name for job in left[i : i + size]]
+    except KeyboardInterrupt:
+        done = f"{len(told['added'])} of {len(left)} adapters were added, and stay"
+        reporter.say(f"interrupted: {done}; --skip-existing goes on from there")
+        raise
+    told["noise"] = noise
+    return told
+
+
+def _add(library, jobs: list[Job], base, options: dict, advance):
+    """One commit; what the noise did, if any."""
+    from lora_fused.io import read_adapter
+    from lora_fused.library.entries import check_adapter
+    from lora_fused.methods.rpe import make_prototypes
+
+    pickle = options["allow_pickle"]
+    # First: a damaged adapter, or one of another base, is told of before the embedding.
+    adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
+    for adapter in adapters:
+        check_adapter(adapter, library.space, options["any_base"])
+    found = {
+        job.name: library.embed(
+            base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)
+        )
+        for job in jobs
+    }
+    minimum = library.space.minimum if options["minimum"] is None else options["minimum"]
+    made = make_prototypes(
+        found,
+        per_adapter=options["per_adapter"],
+        minimum=max(1, minimum),
+        noise=options["noise"],
+        seed=options["seed"],
+    )
+    library.add_many(
+        adapters,
+        made,
+        tags={job.name: [*job.tags, *options["tags"]] for job in jobs},
+        metadata={job.name: job.metadata for job in jobs},
+        minimum=options["minimum"],
+        any_base=options["any_base"],
+        progress=False,
+    )
+    return made.noise

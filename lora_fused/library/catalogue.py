@@ -1,0 +1,304 @@
+"""The catalogue of a library: a table of vectors and facts in LanceDB, which only this file knows.
+
+A row per prototype; an entry's rows carry the same facts, so that any of them can be filtered by.
+Every change is one commit of the table: readers see it whole or not at all.
+"""
+
+import datetime
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_fused.checks import invalid
+from lora_fused.io.packed_records import tree_to_disk
+from lora_fused.library.entries import OP, Entry, Space
+
+_TABLE = "catalogue"
+_HEADER = b"lora_fused"
+FACTS = (
+    *("name", "prototype", "count", "tags", "rank", "bytes"),
+    *("created", "updated", "sha256", "metadata", "record"),
+)
+_STORED = [*FACTS, "crc", "vector"]
+_FEW = 1000  # names in a filter; of more, all rows are read
+_INDEX_FROM = 10_000  # vectors: fewer are compared one by one in a millisecond or two
+_PROBES = 8
+
+
+class Catalogue:
+    """Rows of a library's entries."""
+
+    def __init__(self, table, space: Space, uri: str):
+        self._table, self.space, self.uri = table, space, uri
+        self._on_disk: set[str] = set()
+
+    @classmethod
+    def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
+        schema = _schema(space.size, {_HEADER: space.to_json().encode()})
+        table = _connect(uri, options).create_table(_TABLE, schema=schema, mode="create")
+        made = cls(table, space, uri)
+        made._settle()
+        return made
+
+    @classmethod
+    def exists(cls, uri: str, options: Mapping[str, str] | None) -> bool:
+        return _table(uri, options) is not None
+
+    @classmethod
+    def open(cls, uri: str, options: Mapping[str, str] | None) -> "Catalogue":
+        table = _table(uri, options)
+        if table is None:
+            raise FileNotFoundError(f"{OP}: {uri} holds no library")
+        text = (table.schema.metadata or {}).get(_HEADER)
+        if text is None:
+            raise invalid(OP, uri, "hold a library", "a table without a library's header")
+        return cls(table, Space.from_json(text.decode(), uri), uri)
+
+    def refresh(self) -> None:
+        self._table.checkout_latest()
+
+    def __len__(self) -> int:
+        return self._table.count_rows("prototype = 0")
+
+    def rows(self) -> int:
+        return self._table.count_rows()
+
+    def names(self) -> list[str]:
+        found = self._read(["name"], "prototype = 0")
+        return sorted(found["name"].to_pylist())
+
+    def held(self, names: Sequence[str]) -> set[str]:
+        """Those of the names that have entries."""
+        if len(names) > _FEW:
+            return set(names).intersection(self.names())
+        return set(self._read(["name"], f"prototype = 0 AND {_named(names)}")["name"].to_pylist())
+
+    def last_record(self) -> int:
+        return max(self._read(["record"], None)["record"].to_pylist(), default=-1)
+
+    def of(self, names: Sequence[str]) -> list[Entry]:
+        if len(names) > _FEW:
+            wanted = set(names)
+            return [entry for entry in self._entries(None) if entry.name in wanted]
+        return self._entries(_named(names)) if names else []
+
+    def entries(self, where: str | None) -> list[Entry]:
+        """Entries of which a filter finds a row, all by name."""
+        if where is not None:
+            found = self._read(["name"], where)["name"].unique().to_pylist()
+            return self.of(found)
+        return self._entries(None)
+
+    def _entries(self, where: str | None) -> list[Entry]:
+        found = self._read(list(FACTS), where).to_pylist()
+        counts: dict[str, dict[int, int]] = {}
+        for row in found:
+            counts.setdefault(row["name"], {})[row["prototype"]] = row["count"]
+        rows = {row["name"]: row for row in found}
+        return [_entry(rows[name], counts[name]) for name in sorted(rows)]
+
+    def vectors(self, names: Sequence[str] | None) -> tuple[list[str], Tensor, list[int]]:
+        """Name, vector and count of each row, sorted by name and prototype."""
+        few = names is not None and len(names) <= _FEW
+        columns = ["name", "prototype", "count", "vector"]
+        found = self._read(columns, _named(names) if few else None)
+        found = found.sort_by([("name", "ascending"), ("prototype", "ascending")])
+        owners, counts = found["name"].to_pylist(), found["count"].to_pylist()
+        z = _tensor(found["vector"].chunks, self.space.size)
+        if names is None or few:
+            return owners, z, counts
+        wanted = set(names)
+        order = [i for i, name in enumerate(owners) if name in wanted]
+        return [owners[i] for i in order], z[order], [counts[i] for i in order]
+
+    def columns(self, names: Sequence[str]) -> dict[str, list]:
+        """Some facts of all rows."""
+        found = self._read(list(names), None)
+        return {name: found[name].to_pylist() for name in names}
+
+    def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
+        """Add entries in one commit."""
+        self._table.add(self._rows(entries, vectors))
+        self._settle()
+
+    def replace(self, entry: Entry, vectors: Tensor) -> None:
+        """Put new rows in the place of an entry's rows, in one commit."""
+        change = self._table.merge_insert(["name", "prototype"])
+        change = change.when_matched_update_all().when_not_matched_insert_all()
+        change = change.when_not_matched_by_source_delete(_named([entry.name]))
+        change.execute(self._rows([entry], [vectors]))
+        self._settle()
+
+    def remove(self, names: Sequence[str]) -> None:
+        self._table.delete(_named(names))
+        self._settle()
+
+    def nearest(
+        self, query: Tensor, limit: int, where: str | None, exact: bool
+    ) -> tuple[list[str], list[float]]:
+        """Names and squared distances of the nearest rows, nearest first."""
+        search = self._table.search(query.numpy(), vector_column_name="vector").distance_type("l2")
+        search = search.limit(limit).select(["name", "_distance"])
+        # Where a filter leaves few, more partitions are looked through, if need be all.
+        search = search.minimum_nprobes(_PROBES).maximum_nprobes(0)
+        if exact:
+            search = search.bypass_vector_index()
+        if where is not None:
+            search = search.where(where, prefilter=True)
+        found = self._run(search, where)
+        return found["name"].to_pylist(), found["_distance"].to_pylist()
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Names whose vectors are not as they were written."""
+        search = self._table.search().select(["name", "prototype", "crc", "vector"]).limit(None)
+        for batch in search.to_batches():
+            vectors = _tensor([batch["vector"]], self.space.size)
+            names, crcs = batch["name"].to_pylist(), batch["crc"].to_pylist()
+            finite = vectors.isfinite().all(1).tolist()
+            numbers = batch["prototype"].to_pylist()
+            for row, (name, number, crc) in enumerate(zip(names, numbers, crcs, strict=True)):
+                if not finite[row] or _crc(vectors[row]) != crc:
+                    yield name, f"prototype {number} is not as written"
+
+    def indexed(self) -> int:
+        """Rows in the index of vectors; 0: there is none."""
+        found = self._table.index_stats("vector_idx")
+        return 0 if found is None else found.num_indexed_rows
+
+    def index(self) -> bool:
+        """Build or refresh the index; False where there are too few vectors for one."""
+        rows = self.rows()
+        if rows < _INDEX_FROM:
+            return False
+        from lancedb.index import BTree, IvfFlat
+
+        self._table.create_index("name", config=BTree(), replace=True)
+        flat = IvfFlat(distance_type="l2", num_partitions=round(math.sqrt(rows)))
+        self._table.create_index("vector", config=flat, replace=True)
+        self._settle()
+        return True
+
+    def optimize(self, keep: datetime.timedelta | None) -> None:
+        """Join small files, take new rows into the index, drop versions older than ``keep``."""
+        self._table.optimize()
+        self._settle()
+        if keep is not None:
+            self._table.optimize(cleanup_older_than=keep)
+            self._on_disk.clear()
+
+    def _settle(self) -> None:
+        """See a commit on disk: the engine leaves that to the system, and power may fail."""
+        if "://" not in self.uri:
+            tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
+
+    def _read(self, columns: list[str], where: str | None):
+        search = self._table.search().select(columns).limit(None)
+        return self._run(search if where is None else search.where(where), where)
+
+    def _run(self, search, where: str | None):
+        try:
+            return search.to_arrow()
+        except ValueError as error:
+            if where is None:
+                raise
+            reason = str(error).splitlines()[0]
+            rule = f"be SQL over {', '.join(FACTS)} ({reason})"
+            raise invalid(OP, "filter", rule, repr(where)) from error
+
+    def _rows(self, entries: Sequence[Entry], vectors: Sequence[Tensor]):
+        import pyarrow
+
+        columns: dict[str, list] = {name: [] for name in [*FACTS, "crc"]}
+        for entry, own in zip(entries, vectors, strict=True):
+            facts = {name: getattr(entry, name, None) for name in FACTS}
+            facts |= {"metadata": json.dumps(entry.metadata), "tags": list(entry.tags)}
+            for number, count in enumerate(entry.counts):
+                own_facts = {"prototype": number, "count": count, "crc": _crc(own[number])}
+                for name, value in (facts | own_facts).items():
+                    columns[name].append(value)
+        schema = _schema(self.space.size, None)
+        flat = pyarrow.array(torch.cat(list(vectors)).flatten().tolist(), pyarrow.float32())
+        arrays = [pyarrow.array(part, schema.field(name).type) for name, part in columns.items()]
+        arrays.append(pyarrow.FixedSizeListArray.from_arrays(flat, self.space.size))
+        return pyarrow.Table.from_arrays(arrays, schema=schema)
+
+
+def tagged(filter: str | None, tags: Iterable[str]) -> str | None:
+    """A filter, and all of these tags."""
+    parts = [] if filter is None else [f"({filter})"]
+    listed = ", ".join(map(_quoted, tags))
+    return " AND ".join([*parts, f"array_has_all(tags, [{listed}])"] if listed else parts) or None
+
+
+def _engine():
+    try:
+        import lancedb
+    except ImportError as error:
+        message = f"{OP}: lancedb must be installed, got none; pip install lora-fused[library]"
+        raise RuntimeError(message) from error
+    return lancedb
+
+
+def _connect(uri: str, options: Mapping[str, str] | None):
+    return _engine().connect(uri, storage_options=None if options is None else dict(options))
+
+
+def _table(uri: str, options: Mapping[str, str] | None):
+    _engine()
+    # Connecting would make the folder.
+    if "://" not in uri and not Path(uri, f"{_TABLE}.lance").is_dir():
+        return None
+    try:
+        return _connect(uri, options).open_table(_TABLE)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        return None
+
+
+def _schema(size: int, header: Mapping[bytes, bytes] | None):
+    import pyarrow as pa
+
+    moment = pa.timestamp("us", tz="UTC")
+    words = {"tags": pa.list_(pa.string()), "created": moment, "updated": moment}
+    words |= dict.fromkeys(("name", "sha256", "metadata"), pa.string())
+    words |= {"prototype": pa.int32(), "rank": pa.int32()}
+    fields = [pa.field(name, words.get(name, pa.int64())) for name in _STORED[:-1]]
+    fields.append(pa.field("vector", pa.list_(pa.float32(), size)))
+    return pa.schema(fields, metadata=header)
+
+
+def _named(names: Iterable[str]) -> str:
+    return f"name IN ({', '.join(map(_quoted, names))})"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _crc(vector: Tensor) -> int:
+    return zlib.crc32(vector.contiguous().view(torch.int32).numpy())
+
+
+def _tensor(arrays: Iterable, size: int) -> Tensor:
+    """``[n, size]``, a copy."""
+    chunks = [torch.zeros(0, size)]
+    for chunk in arrays:
+        flat = chunk.flatten()
+        if len(flat):
+            view = memoryview(flat.buffers()[1])[4 * flat.offset : 4 * (flat.offset + len(flat))]
+            chunks.append(torch.frombuffer(bytearray(view), dtype=torch.float32).view(-1, size))
+    return torch.cat(chunks)
+
+
+def _entry(row: dict, counts: dict[int, int]) -> Entry:
+    kept = {name: row[name] for name in FACTS if name not in ("prototype", "count")}
+    kept |= {"tags": tuple(row["tags"]), "metadata": json.loads(row["metadata"])}
+    for moment in ("created", "updated"):
+        kept[moment] = row[moment].astimezone(datetime.timezone.utc)
+    return Entry(**kept, counts=tuple(counts[p] for p in sorted(counts)))

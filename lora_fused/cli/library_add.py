@@ -71,7 +71,7 @@ def _of_manifest(path: Path, field: str) -> Iterator[Job]:
         adapter = path.parent / row["adapter"]
         texts = read_texts(path.parent / row["examples"], field)
         name = check_name(row.get("name", default_name(adapter)))
-        tags, metadata = check_tags(row.get("tags", []), name), row.get("metadata")
+        tags, metadata = check_tags(row.get("tags", []), f"tags of {name!r}"), row.get("metadata")
         yield Job(adapter, name, texts, list(tags), check_metadata(metadata, name))
 
 

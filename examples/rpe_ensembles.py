@@ -1,0 +1,202 @@
+"""One cell of rpe_leave_one_out.py: a task and the ensemble of adapters that it gets in one way."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from text_experiment import TextExperiment, TextSettings
+from torch import Tensor
+
+from lora_fused import Mixture, attach
+from lora_fused.cli.demo_train import embed
+from lora_fused.methods import rpe
+
+RETRIEVED = ("uniform", "similarity", "linear", "l1", "simplex")  # of k neighbours
+METHODS = ("base", "single", "nearest", *RETRIEVED, "explain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TextSettings):
+    """Everything besides the key of a cell that decides what it holds."""
+
+    test_rows: int = 400
+    inputs: int = 64  # unlabelled texts that stand for a task
+    k: int = 8
+    warn_level: float = 0.9  # with 15 other tasks as reference, 0.95 could never warn
+
+
+class Way(NamedTuple):
+    """How a task's rows get their adapters; "" where a field has no say.
+
+    Attributes:
+        pool: "others" or "all": is the task's own adapter among those to retrieve?
+        of: one ensemble for the "task", or one for each "input".
+        adapter: of "single".
+    """
+
+    method: str
+    pool: str = ""
+    k: int | str = ""
+    units: str = ""
+    value: float | str = ""
+    of: str = ""
+    adapter: str = ""
+
+
+def way(
+    method: str, k: int, pool: str = "others", of: str = "task", units: str = "raw", value=1.0
+) -> Way:
+    """A retrieval method's, with one name for each: strength and units where they matter."""
+    k = 1 if method == "nearest" else k
+    strength = (units, value) if method in ("similarity", "l1") else ("", "")
+    return Way(method, pool, k, *strength, of)
+
+
+class LeaveOneOut(TextExperiment):
+    """The adapters of all tasks on one model, and the features that they are retrieved by."""
+
+    def __init__(self, *where, **options):
+        super().__init__(*where, **options)
+        self.known: dict[tuple[str, str], float] = {}  # (task, ensemble) -> accuracy
+        self._tests: dict[str, list] = {}
+        self._features: dict[tuple, Tensor] = {}
+
+    @property
+    def held_out(self) -> list[str]:
+        return list(self.tasks)
+
+    @functools.cached_property
+    def handle(self):
+        return attach(self.model, self.bank)
+
+    @functools.cached_property
+    def prototypes(self) -> rpe.Prototypes:
+        """One of each adapter: the mean over the texts that it was trained on."""
+        few = {name: task.train[: self.settings.pool_rows] for name, task in self.tasks.items()}
+        features = {name: self._embedded([t for t, _ in rows]) for name, rows in few.items()}
+        return rpe.make_prototypes(features)
+
+    def pool(self, task: str, pool: str) -> rpe.Prototypes:
+        return self.prototypes.subset(self.names(task, pool))
+
+    def names(self, task: str, pool: str) -> list[str]:
+        return [name for name in self.tasks if pool == "all" or name != task]
+
+    def inputs(self, task: str, seed: int) -> Tensor:
+        """Features ``[n, E]`` of texts that neither its adapter nor a test row has."""
+        if (task, seed) not in self._features:
+            texts = [text for text, _ in self.tasks[task].train[self.settings.pool_rows :]]
+            draw = random.Random(f"inputs {seed} {task}")
+            drawn = draw.sample(texts, min(self.settings.inputs, len(texts)))
+            self._features[task, seed] = self._embedded(drawn)
+        return self._features[task, seed]
+
+    def run(self, task: str, seed: int | str, how: Way) -> dict:
+        """What a task's test rows get in one way, and how many of them are right."""
+        start = time.process_time()
+        if how.method == "explain":
+            facts = self._explained(task, seed, how)
+        elif how.of == "input":
+            chosen = self._weighed(self._tested(task), task, how)
+            facts = {"adapters": round(float((chosen.weights != 0).sum(1).double().mean()), 2)}
+            facts["negative_mass"] = _negative(chosen.weights)
+            facts["accuracy"] = self._scored(task, lambda at: _taken(chosen, at).mixture())
+        else:
+            facts = self._of_task(task, seed, how)
+        return {**facts, "cpu_seconds": round(time.process_time() - start, 2)}
+
+    def _of_task(self, task: str, seed: int | str, how: Way) -> dict:
+        facts, weights = {}, {how.adapter: 1.0} if how.method == "single" else {}
+        if how.pool:
+            chosen = self._weighed(self.inputs(task, seed).mean(0), task, how)
+            row = zip(chosen.found.names(0), chosen.weights[0].tolist(), strict=True)
+            # Three digits, so that ways which come to the same ensemble run once.
+            weights = {name: round(w, 3) for name, w in row if round(w, 3)}
+            facts["negative_mass"] = _negative(chosen.weights)
+        told = " ".join(f"{name}:{weights[name]:g}" for name in sorted(weights))
+        if (task, told) not in self.known:
+            mixture = Mixture.of(weights) if weights else None
+            self.known[task, told] = self._scored(task, lambda at: mixture)
+        return {
+            **facts,
+            "adapters": len(weights),
+            "ensemble": told,
+            "accuracy": self.known[task, told],
+        }
+
+    def _weighed(self, queries: Tensor, task: str, how: Way) -> rpe.Weighted:
+        found = rpe.retrieve(queries, self.pool(task, how.pool), k=how.k)
+        options = {}
+        if how.units:
+            strength = "temperature" if how.method == "similarity" else "l1"
+            options = {strength: how.value, "units": how.units}
+        return rpe.weigh(found, how.method, **options)
+
+    def _explained(self, task: str, seed: int | str, how: Way) -> dict:
+        """How far the task is from the library, and how many of its test rows are warned of."""
+        prototypes = self.pool(task, how.pool)
+        asked = rpe.retrieve(self.inputs(task, seed).mean(0), prototypes, k=how.k)
+        level = self.settings.warn_level
+        one = rpe.explain(rpe.weigh(asked, "l1"), level=level)[0]
+        served = torch.cat([self.inputs(name, seed) for name in prototypes.names])
+        rows = rpe.weigh(rpe.retrieve(self._tested(task), prototypes, k=how.k), "simplex")
+        warned = [row.outside for row in rpe.explain(rows, reference=served)]
+        return {
+            "nearest": one.adapters[0],
+            "distance": round(one.distances[0], 4),
+            "hull": round(one.hull_distance, 4),
+            "place": f"{one.nearer}/{one.of}",
+            "outside": one.outside,
+            "warned": round(sum(map(bool, warned)) / len(warned), 4),
+        }
+
+    def _tested(self, task: str) -> Tensor:
+        """Features of the test rows, in the order of ``_batches``."""
+        if task not in self._features:
+            texts = [text for batch in self._batches(task) for text in batch[2]]
+            self._features[task] = self._embedded(texts)
+        return self._features[task]
+
+    def _batches(self, task: str) -> list[tuple[dict[str, Tensor], Tensor, list[str]]]:
+        """Test rows as tokens, labels and texts, in batches of like length."""
+        if task not in self._tests:
+            rows = sorted(self.tasks[task].test, key=lambda row: len(row[0]))
+            self._tests[task] = []
+            for start in range(0, len(rows), 32):
+                texts, labels = zip(*rows[start : start + 32], strict=True)
+                batch = (self.tokens(list(texts)), torch.tensor(labels), list(texts))
+                self._tests[task].append(batch)
+        return self._tests[task]
+
+    @torch.no_grad()
+    def _scored(self, task: str, mixture: Callable[[slice], Mixture | None]) -> float:
+        """Accuracy of the label names, a batch of test rows with its mixture at a time."""
+        labels = embed(self.handle.model, self.tokens(list(self.tasks[task].labels)))
+        right = done = 0
+        for tokens, target, _ in self._batches(task):
+            mixed = mixture(slice(done, done + len(target)))
+            with contextlib.nullcontext() if mixed is None else self.handle.mix(mixed):
+                scores = embed(self.handle.model, tokens) @ labels.T
+            right += int((scores.argmax(1) == target).sum())
+            done += len(target)
+        return right / done
+
+    def _embedded(self, texts: list[str]) -> Tensor:
+        """Raw features, as RPE has them, of the model without adapters; padded with their like."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        options = {"tokenizer": self.tokenizer, "max_length": self.settings.max_length}
+        found = rpe.embed(self.handle, [texts[i] for i in order], progress=False, **options)
+        return found[torch.tensor(order).argsort()]
+
+
+def _taken(chosen: rpe.Weighted, rows: slice) -> rpe.Weighted:
+    return rpe.Weighted(chosen.found.take(rows), chosen.weights[rows], chosen.rule)
+
+
+def _negative(weights: Tensor) -> float:
+    return round(float(weights.clamp_max(0).sum(1).abs().mean()), 4)

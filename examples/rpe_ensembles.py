@@ -111,7 +111,12 @@ class LeaveOneOut(TextExperiment):
         return {**facts, "cpu_seconds": round(time.process_time() - start, 2)}
 
     def _of_task(self, task: str, seed: int | str, how: Way) -> dict:
-        facts, weights = {}, {how.adapter: 1.0} if how.method == "single" else {}
+        facts, weights = {}, {}
+        if how.method == "single":
+            weights = {how.adapter: 1.0}
+            own = self.prototypes.subset([how.adapter])
+            found = rpe.retrieve(self.inputs(task, 0).mean(0), own)
+            facts["distance"] = round(float(found.distances.sqrt()), 4)
         if how.pool:
             chosen = self._weighed(self.inputs(task, seed).mean(0), task, how)
             row = zip(chosen.found.names(0), chosen.weights[0].tolist(), strict=True)

@@ -36,6 +36,7 @@ class Way(NamedTuple):
     Attributes:
         pool: "others" or "all": is the task's own adapter among those to retrieve?
         of: one ensemble for the "task", or one for each "input".
+        features: "raw" as the paper has them, or each text's of "unit" length.
         adapter: of "single".
     """
 
@@ -45,16 +46,24 @@ class Way(NamedTuple):
     units: str = ""
     value: float | str = ""
     of: str = ""
+    features: str = ""
     adapter: str = ""
 
 
 def way(
-    method: str, k: int, pool: str = "others", of: str = "task", units: str = "raw", value=1.0
+    method: str,
+    k: int,
+    pool: str = "others",
+    of: str = "task",
+    *,
+    units: str = "raw",
+    value: float = 1.0,
+    features: str = "raw",
 ) -> Way:
     """A retrieval method's, with one name for each: strength and units where they matter."""
     k = 1 if method == "nearest" else k
     strength = (units, value) if method in ("similarity", "l1") else ("", "")
-    return Way(method, pool, k, *strength, of)
+    return Way(method, pool, k, *strength, of, features)
 
 
 class LeaveOneOut(TextExperiment):
@@ -75,26 +84,27 @@ class LeaveOneOut(TextExperiment):
         return attach(self.model, self.bank)
 
     @functools.cached_property
-    def prototypes(self) -> rpe.Prototypes:
-        """One of each adapter: the mean over the texts that it was trained on."""
+    def _library(self) -> dict[str, Tensor]:
+        """Features of the texts that each adapter was trained on."""
         few = {name: task.train[: self.settings.pool_rows] for name, task in self.tasks.items()}
-        features = {name: self._embedded([t for t, _ in rows]) for name, rows in few.items()}
-        return rpe.make_prototypes(features)
+        return {name: self._embedded([text for text, _ in rows]) for name, rows in few.items()}
 
-    def pool(self, task: str, pool: str) -> rpe.Prototypes:
-        return self.prototypes.subset(self.names(task, pool))
+    def prototypes(self, names: list[str], features: str) -> rpe.Prototypes:
+        """One of each adapter: the mean over its texts."""
+        return rpe.make_prototypes({name: _as(features, self._library[name]) for name in names})
 
-    def names(self, task: str, pool: str) -> list[str]:
-        return [name for name in self.tasks if pool == "all" or name != task]
+    def pool(self, task: str, how: Way) -> rpe.Prototypes:
+        names = [name for name in self.tasks if how.pool == "all" or name != task]
+        return self.prototypes(names, how.features)
 
-    def inputs(self, task: str, seed: int) -> Tensor:
+    def inputs(self, task: str, seed: int, features: str = "raw") -> Tensor:
         """Features ``[n, E]`` of texts that neither its adapter nor a test row has."""
         if (task, seed) not in self._features:
             texts = [text for text, _ in self.tasks[task].train[self.settings.pool_rows :]]
             draw = random.Random(f"inputs {seed} {task}")
             drawn = draw.sample(texts, min(self.settings.inputs, len(texts)))
             self._features[task, seed] = self._embedded(drawn)
-        return self._features[task, seed]
+        return _as(features, self._features[task, seed])
 
     def run(self, task: str, seed: int | str, how: Way) -> dict:
         """What a task's test rows get in one way, and how many of them are right."""
@@ -102,7 +112,7 @@ class LeaveOneOut(TextExperiment):
         if how.method == "explain":
             facts = self._explained(task, seed, how)
         elif how.of == "input":
-            chosen = self._weighed(self._tested(task), task, how)
+            chosen = self._weighed(_as(how.features, self._tested(task)), task, how)
             facts = {"adapters": round(float((chosen.weights != 0).sum(1).double().mean()), 2)}
             facts["negative_mass"] = _negative(chosen.weights)
             facts["accuracy"] = self._scored(task, lambda at: _taken(chosen, at).mixture())
@@ -114,11 +124,12 @@ class LeaveOneOut(TextExperiment):
         facts, weights = {}, {}
         if how.method == "single":
             weights = {how.adapter: 1.0}
-            own = self.prototypes.subset([how.adapter])
-            found = rpe.retrieve(self.inputs(task, 0).mean(0), own)
-            facts["distance"] = round(float(found.distances.sqrt()), 4)
+            for column, features in (("distance", "raw"), ("unit_distance", "unit")):
+                asked = self.inputs(task, 0, features).mean(0)
+                found = rpe.retrieve(asked, self.prototypes([how.adapter], features))
+                facts[column] = round(float(found.distances.sqrt()), 4)
         if how.pool:
-            chosen = self._weighed(self.inputs(task, seed).mean(0), task, how)
+            chosen = self._weighed(self.inputs(task, seed, how.features).mean(0), task, how)
             row = zip(chosen.found.names(0), chosen.weights[0].tolist(), strict=True)
             # Three digits, so that ways which come to the same ensemble run once.
             weights = {name: round(w, 3) for name, w in row if round(w, 3)}
@@ -135,7 +146,7 @@ class LeaveOneOut(TextExperiment):
         }
 
     def _weighed(self, queries: Tensor, task: str, how: Way) -> rpe.Weighted:
-        found = rpe.retrieve(queries, self.pool(task, how.pool), k=how.k)
+        found = rpe.retrieve(queries, self.pool(task, how), k=how.k)
         options = {}
         if how.units:
             strength = "temperature" if how.method == "similarity" else "l1"
@@ -144,7 +155,7 @@ class LeaveOneOut(TextExperiment):
 
     def _explained(self, task: str, seed: int | str, how: Way) -> dict:
         """How far the task is from the library, and how many of its test rows are warned of."""
-        prototypes = self.pool(task, how.pool)
+        prototypes = self.pool(task, how)
         asked = rpe.retrieve(self.inputs(task, seed).mean(0), prototypes, k=how.k)
         level = self.settings.warn_level
         one = rpe.explain(rpe.weigh(asked, "l1"), level=level)[0]
@@ -197,6 +208,10 @@ class LeaveOneOut(TextExperiment):
         options = {"tokenizer": self.tokenizer, "max_length": self.settings.max_length}
         found = rpe.embed(self.handle, [texts[i] for i in order], progress=False, **options)
         return found[torch.tensor(order).argsort()]
+
+
+def _as(features: str, found: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(found, dim=1) if features == "unit" else found
 
 
 def _taken(chosen: rpe.Weighted, rows: slice) -> rpe.Weighted:

@@ -34,6 +34,7 @@ COLUMNS = [
     "ensemble",
     "nearest",
     "distance",
+    "unit_distance",
     "hull",
     "place",
     "outside",
@@ -53,7 +54,7 @@ def groups(names: list[str], k: int) -> dict[str, list[Way]]:
     main = [Way("base")]
     for pool, count in (("others", len(names) - 1), ("all", len(names))):
         main += [way(m, k, pool) for m in ("nearest", *RETRIEVED)]
-        main += [way("uniform", count, pool), Way("explain", pool, k)]
+        main += [way("uniform", count, pool), Way("explain", pool, k, features="raw")]
     ks = [*KS, len(names) - 1]
     return {
         "main": main,
@@ -63,6 +64,7 @@ def groups(names: list[str], k: int) -> dict[str, list[Way]]:
             way("uniform", 4, of="input"),
             *(way(m, k, "all", "input") for m in ("nearest", "similarity", "simplex")),
         ],
+        "features": [way(m, k, features="unit") for m in ("nearest", "linear", "simplex")],
         "k": [way(m, count) for count in ks for m in RETRIEVED],
         "strength": [
             way(m, k, units=units, value=value)
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     results = resumed(run, experiment, options, rates=(), columns=COLUMNS, key=KEY)
-    print(tables(results.rows.values(), experiment.settings.k))
+    print(tables(results.rows.values(), list(experiment.tasks), experiment.settings.k))
     return 0
 
 

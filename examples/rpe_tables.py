@@ -9,6 +9,7 @@ from composition_few_shot_tables import better
 from resumable import interval
 from rpe_ensembles import RETRIEVED, Way, way
 
+_DISTANCES = {"raw features": "distance", "unit length": "unit_distance"}
 Values = Mapping[str, float]  # task -> a number
 NUMBERS = (
     *("accuracy", "adapters", "negative_mass"),
@@ -136,6 +137,7 @@ def tables(rows: Iterable[dict], names: Sequence[str], k: int) -> str:
         _by_k(data),
         _by_strength(data),
         _by_input(data),
+        _by_features(data),
         _by_distance(data),
         _correlations(data),
     ]
@@ -267,21 +269,38 @@ def _correlations(data: Found) -> str:
     gained, rows = gains(data), []
     for label, values in places(data).items():
         cells = [_correlation(*rank_correlation(values, gained[m])) for m in gained]
-        rows.append([f"{label}, over tasks", *cells])
-    within = []
+        rows.append([label, *cells])
+    title = "Rank correlations over tasks with points above the base (95 % interval; tasks)"
+    near = [f"{label}: {_within(data, c)}" for label, c in _DISTANCES.items()]
+    told = "Rank correlation of distance with accuracy over a task's other adapters, mean over"
+    return "\n\n".join([_table(title, ["", *gained], rows), f"{told} tasks: {'; '.join(near)}"])
+
+
+def _within(data: Found, column: str) -> str:
+    """Below 0 where nearer adapters are better ones."""
+    found = []
     for task in data.names:
         ways = {n: Way("single", adapter=n) for n in data.names if n != task}
         near, right = (
             {n: data.of(w, c)[task] for n, w in ways.items() if task in data.of(w, c)}
-            for c in ("distance", "accuracy")
+            for c in (column, "accuracy")
         )
         rho, _ = rank_correlation(near, right)
-        within += [] if rho is None else [rho[0]]
-    span = interval(within)
-    told = "" if span is None else f"{span[0]:+.2f} ± {_half(span)} ({len(within)} tasks)"
-    title = "Rank correlations with points above the base (95 % interval; number of tasks)"
-    rest = f"\n\nWithin a task, over the other adapters: distance with accuracy, mean: {told}"
-    return _table(title, ["", *gained], rows) + rest
+        found += [] if rho is None else [rho[0]]
+    span = interval(found)
+    return "none" if span is None else f"{span[0]:+.2f} ± {_half(span)} ({len(found)} tasks)"
+
+
+def _by_features(data: Found) -> str:
+    base, rows = data.of(Way("base")), []
+    for method in ("nearest", "linear", "simplex"):
+        raw, unit = (
+            data.of(way(method, data.k, features=features)) for features in ("raw", "unit")
+        )
+        spans = (difference(raw, base), difference(unit, base), difference(unit, raw))
+        rows.append([method, *(_points(span) for span, _ in spans)])
+    columns = ["", "raw minus base", "unit minus base", "unit minus raw"]
+    return _table("Features of unit length in place of raw ones, in points", columns, rows)
 
 
 def _correlation(rho: Sequence[float] | None, count: int) -> str:

@@ -13,11 +13,13 @@ from text_experiment import TextExperiment, TextSettings
 from torch import Tensor
 
 from lora_fused import Mixture, attach
-from lora_fused.cli.demo_train import embed
+from lora_fused.cli.demo_train import embed, load_model
 from lora_fused.methods import rpe
+from lora_fused.methods.controls import unrelated
 
 RETRIEVED = ("uniform", "similarity", "linear", "l1", "simplex")  # of k neighbours
-METHODS = ("base", "single", "nearest", *RETRIEVED, "explain")
+NULLS = ("null-uniform", "null-simplex")  # the same weights, of adapters turned at random
+METHODS = ("base", "single", "nearest", *RETRIEVED, "explain", *NULLS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +68,17 @@ def way(
     return Way(method, pool, k, *strength, of, features)
 
 
+def ensemble_key(task: str, method: str, ensemble: str) -> tuple[str, bool, str]:
+    """Cells of one key have one accuracy."""
+    return task, method in NULLS, ensemble
+
+
 class LeaveOneOut(TextExperiment):
     """The adapters of all tasks on one model, and the features that they are retrieved by."""
 
     def __init__(self, *where, **options):
         super().__init__(*where, **options)
-        self.known: dict[tuple[str, str], float] = {}  # (task, ensemble) -> accuracy
+        self.known: dict[tuple[str, bool, str], float] = {}  # see ensemble_key
         self._tests: dict[str, list] = {}
         self._features: dict[tuple, Tensor] = {}
 
@@ -82,6 +89,11 @@ class LeaveOneOut(TextExperiment):
     @functools.cached_property
     def handle(self):
         return attach(self.model, self.bank)
+
+    @functools.cached_property
+    def null_handle(self):
+        """A copy of the model with adapters of the same ranks, norms and spectra, and no sense."""
+        return attach(load_model(self.recipe.model)[0], unrelated(self.bank, seed=0))
 
     @functools.cached_property
     def _library(self) -> dict[str, Tensor]:
@@ -135,14 +147,16 @@ class LeaveOneOut(TextExperiment):
             weights = {name: round(w, 3) for name, w in row if round(w, 3)}
             facts["negative_mass"] = _negative(chosen.weights)
         told = " ".join(f"{name}:{weights[name]:g}" for name in sorted(weights))
-        if (task, told) not in self.known:
+        key = ensemble_key(task, how.method, told)
+        if key not in self.known:
             mixture = Mixture.of(weights) if weights else None
-            self.known[task, told] = self._scored(task, lambda at: mixture)
+            handle = self.null_handle if how.method in NULLS else self.handle
+            self.known[key] = self._scored(task, lambda at: mixture, handle)
         return {
             **facts,
             "adapters": len(weights),
             "ensemble": told,
-            "accuracy": self.known[task, told],
+            "accuracy": self.known[key],
         }
 
     def _weighed(self, queries: Tensor, task: str, how: Way) -> rpe.Weighted:
@@ -151,7 +165,7 @@ class LeaveOneOut(TextExperiment):
         if how.units:
             strength = "temperature" if how.method == "similarity" else "l1"
             options = {strength: how.value, "units": how.units}
-        return rpe.weigh(found, how.method, **options)
+        return rpe.weigh(found, how.method.removeprefix("null-"), **options)
 
     def _explained(self, task: str, seed: int | str, how: Way) -> dict:
         """How far the task is from the library, and how many of its test rows are warned of."""
@@ -190,14 +204,15 @@ class LeaveOneOut(TextExperiment):
         return self._tests[task]
 
     @torch.no_grad()
-    def _scored(self, task: str, mixture: Callable[[slice], Mixture | None]) -> float:
+    def _scored(self, task: str, mixture: Callable[[slice], Mixture | None], handle=None) -> float:
         """Accuracy of the label names, a batch of test rows with its mixture at a time."""
-        labels = embed(self.handle.model, self.tokens(list(self.tasks[task].labels)))
+        handle = self.handle if handle is None else handle
+        labels = embed(handle.model, self.tokens(list(self.tasks[task].labels)))
         right = done = 0
         for tokens, target, _ in self._batches(task):
             mixed = mixture(slice(done, done + len(target)))
-            with contextlib.nullcontext() if mixed is None else self.handle.mix(mixed):
-                scores = embed(self.handle.model, tokens) @ labels.T
+            with contextlib.nullcontext() if mixed is None else handle.mix(mixed):
+                scores = embed(handle.model, tokens) @ labels.T
             right += int((scores.argmax(1) == target).sum())
             done += len(target)
         return right / done

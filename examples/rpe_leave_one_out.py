@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from resumable import Results
-from rpe_ensembles import METHODS, RETRIEVED, LeaveOneOut, Settings, Way, way
+from rpe_ensembles import METHODS, RETRIEVED, LeaveOneOut, Settings, Way, ensemble_key, way
 from rpe_tables import tables
 from text_command import experiment_of, parser_of, resumed
 
@@ -59,6 +59,7 @@ def groups(names: list[str], k: int) -> dict[str, list[Way]]:
     return {
         "main": main,
         "single": [Way("single", adapter=name) for name in names],
+        "null": [way("null-uniform", len(names) - 1), way("null-simplex", k)],
         "input": [
             *(way(m, k, of="input") for m in ("nearest", *RETRIEVED)),
             way("uniform", 4, of="input"),
@@ -78,7 +79,7 @@ def groups(names: list[str], k: int) -> dict[str, list[Way]]:
 def run(experiment: LeaveOneOut, results: Results, options, reporter: Reporter) -> None:
     """All cells that are missing, group by group: what a budget cuts off is sensitivity."""
     experiment.known = {
-        (row["task"], row["ensemble"]): float(row["accuracy"])
+        ensemble_key(row["task"], row["method"], row["ensemble"]): float(row["accuracy"])
         for row in results.rows.values()
         if row["of"] != "input" and row["accuracy"]
     }

@@ -23,6 +23,8 @@ CLAIMS = (
     ("others", "nearest beats base", "nearest", "base"),
     ("others", "nearest beats a random one (control)", "nearest", "random"),
     ("others", "l1 beats a random one (control)", "l1", "random"),
+    ("others", "all's mean beats null-uniform (control)", "uniform-all", "null-uniform"),
+    ("others", "simplex beats null-simplex (control)", "simplex", "null-simplex"),
     ("others", "l1 beats all's mean", "l1", "uniform-all"),
     ("others", "the best single beats l1", "best*", "l1"),
     ("all", "own", "l1", "own"),
@@ -87,8 +89,10 @@ def methods(data: Found, pool: str) -> dict[str, Values]:
 
     whole = len(data.names) - (pool == "others")
     tasks = [task for task in data.names if len(of_singles(task)) == whole]
+    nulls = {"null-uniform": whole, "null-simplex": data.k} if pool == "others" else {}
     return {
         "base": data.of(Way("base")),
+        **{m: data.of(way(m, count)) for m, count in nulls.items()},
         # What one drawn at random gives on average: no draw, no luck.
         "random": {task: statistics.fmean(of_singles(task)) for task in tasks},
         "nearest": data.of(way("nearest", 1, pool)),

@@ -145,6 +145,22 @@ def test_a_single_adapter_is_the_one_that_peft_runs(experiment, example, folder)
     assert single != base
 
 
+def test_the_null_has_the_weights_and_not_the_adapters(run, experiment, example):
+    rows = {tuple(row[c] for c in example.Way._fields): row for row in run("whole.csv")}
+    ways = [example.way(method, 3) for method in ("simplex", "null-simplex")]
+    real, null = (rows[tuple(map(str, how))] for how in ways)
+    assert real["task"] == null["task"] and real["ensemble"] == null["ensemble"] != ""
+    tokens, _, _ = experiment._batches("cr")[0]
+    frozen, mixed = [], []
+    for handle in (experiment.handle, experiment.null_handle):
+        with torch.no_grad():
+            frozen.append(embed(handle.model, tokens))
+            with handle.mix("mr"):
+                mixed.append(embed(handle.model, tokens))
+    assert frozen[0].equal(frozen[1])
+    assert (mixed[0] - mixed[1]).norm() > 0.5 * (mixed[0] - frozen[0]).norm() > 0
+
+
 def test_columns_of_the_table():
     import rpe_tables
     from rpe_ensembles import Way, way

@@ -21,8 +21,8 @@ from lora_fused.cli.console import Reporter
 
 KS = (1, 2, 4, 8)  # and all
 # Of squared features, and of the median squared distance to a neighbour.
-TEMPERATURES = {"raw": (0.1, 0.3, 1.0, 3.0, 10.0), "median": (0.03, 0.1, 0.3, 1.0)}
-STRENGTHS = {"raw": (0.01, 0.03, 0.1, 0.3, 1.0, 10.0), "median": (0.003, 0.01, 0.03, 0.1, 1.0)}
+TEMPERATURES = {"raw": (0.1, 0.3, 1.0, 3.0), "median": (0.1, 0.3)}
+STRENGTHS = {"raw": (0.03, 0.1, 0.3, 1.0, 10.0), "median": (0.01, 0.03, 0.1, 1.0)}
 COLUMNS = [
     "recipe",
     "task",

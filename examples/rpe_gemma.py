@@ -329,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--svg", type=Path, required=True, help="its train.jsonl and valid.jsonl")
     parser.add_argument("--data", type=Path, default=data, help="in place of LORA_FUSED_DATA")
     parser.add_argument("--cache", type=Path, default=Path(".cache/gemma"), help="the base model")
+    parser.add_argument("--sets", default=",".join(OWN), help="only these, comma-separated")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--quiet", "-q", action="store_true")
@@ -348,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bank = load_adapters(folders, any_base=True)
         warnings.filterwarnings("ignore", "attach: the model is")  # paths of other machines
         trained_on = {name: data for name, (_, data) in ADAPTERS.items()}
-        study = Study(model, tokenizer, bank, trained_on, prompts, sets)
+        chosen = {name: sets[name] for name in options.sets.split(",")}
+        study = Study(model, tokenizer, bank, trained_on, prompts, chosen)
         try:
             run(study, results, reporter.say)
         except OutOfTime:

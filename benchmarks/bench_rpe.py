@@ -289,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--per-request", type=int, default=4, help="at most so many adapters each")
+    parser.add_argument("--weights", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--slow-rounds", type=int, default=3, help="of forwards per request")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     results = table.Table(options.csv) if options.csv else None
     print(f"{machine.cpu_model()}, torch {torch.__version__}, one thread, CPU clock")
     rates = machine.Rates(now)
-    for rule in RULES:
+    for rule in options.weights:
         asked = Requests(options.requests, options.adapters, options.per_request, rule)
         counts = [len(row) for row in asked.rows]
         mean, used = sum(counts) / len(counts), len({name for row in asked.rows for name in row})

@@ -81,9 +81,9 @@ Pairs = list[tuple[str, str]]  # prompt and target
 class Settings:
     """What decides the figures."""
 
-    texts: int = 16  # of a set, at most
-    svg_texts: int = 8
-    svg_letters: int = 240  # of a target; drawings are long
+    texts: int = 10  # of a set, at most
+    svg_texts: int = 6
+    svg_letters: int = 160  # of a target; drawings are long
     examples: int = 24  # in a prototype, at most
 
 

@@ -161,6 +161,8 @@ def weigh(
         temperature: Of "similarity", 1 / lambda_1 of the paper.
         l1: lambda_2 of the paper (10 for its images, 1 for its texts). As the weights sum to one,
             ||w||_1 = 1 + 2 * (negative mass): it weighs negative mass alone.
+            Far outside of all prototypes "linear" and a small l1 run past them, with large weights
+            of both signs that can wreck a model; "simplex" cannot. ``explain`` tells such queries.
         units: In which temperature and l1 are: ``"raw"``, those of squared features, or
             ``"median"``: the median of a query's distances to its neighbours is one, whatever the
             features' scale.

@@ -37,14 +37,18 @@ def bulk_add(uri: str, first: int, pipe) -> None:
         library.add_many(adapters, made, batch=BATCH, progress=told)
 
 
-def killed_adding(processes, uri: str, first: int, seconds: float) -> int:
-    """Start a bulk add, kill it while it runs; how many entries it said are in."""
+def killed_adding(processes, uri: str, first: int, draw: random.Random) -> int:
+    """Start a bulk add, kill it some commits later, at any moment of one; what it said is in."""
     ours, theirs = processes.Pipe(duplex=False)
     child = processes.Process(target=bulk_add, args=(uri, first, theirs), daemon=True)
     child.start()
     theirs.close()
-    reported = ours.recv()  # it is about to write
-    time.sleep(seconds)
+    reported, took = ours.recv(), 0.1  # it is about to write
+    for _ in range(draw.randrange(4)):
+        began = time.monotonic()
+        reported = ours.recv()
+        took = time.monotonic() - began
+    time.sleep(draw.uniform(0, took))
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert child.exitcode == -signal.SIGKILL, "it was killed, and did not fail"
@@ -61,7 +65,7 @@ def test_fifty_kills_lose_nothing(empty):
     processes.set_forkserver_preload(["lancedb", "lora_fused.library", "support.models"])
     draw, count, caught = random.Random(0), 0, 0
     for kill in range(KILLS):
-        reported = killed_adding(processes, empty.uri, count, draw.uniform(0, 0.25))
+        reported = killed_adding(processes, empty.uri, count, draw)
         library = AdapterLibrary.open(empty.uri)
         names = library.names
         assert len(names) >= reported, f"kill {kill} lost a committed entry"

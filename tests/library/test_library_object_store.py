@@ -16,7 +16,7 @@ from lora_fused.library import AdapterLibrary
 def place(tmp_path):
     """Where a library can be: its address, the folder of its weights, the options to reach it."""
     if any(importlib.util.find_spec(name) is None for name in ("moto", "flask", "flask_cors")):
-        pytest.skip("no object store to run: pip install 'moto[server]'")
+        pytest.skip("no object store to run: pip install 'moto[s3]' flask flask-cors")
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

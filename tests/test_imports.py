@@ -115,7 +115,8 @@ def fresh(code: str, blocked=OPTIONAL) -> str:
 
 
 def test_import_needs_torch_and_safetensors_alone():
-    fresh("import lora_fused, lora_fused.ops, lora_fused.io, lora_fused.nn, lora_fused.testing")
+    parts = ("ops", "methods", "io", "library", "nn", "testing")
+    fresh("import " + ", ".join(f"lora_fused.{part}" for part in parts))
 
 
 def test_import_does_not_reach_for_what_is_installed():

@@ -87,6 +87,17 @@ def rank_and_scale(config: dict, module: str) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def base_key(name: object) -> str:
+    """What a base model is compared by: the last part of its path, ignoring case; "" for none.
+
+    The rest is where the model lay on somebody's machine. In a hub's cache the last part is a hash,
+    and the folder ``models--<owner>--<name>`` counts.
+    """
+    parts = re.findall(r"[^/\\]+", name) if isinstance(name, str) else []
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+    return [*parts, *cached][-1].casefold() if parts else ""
+
+
 def covers(config: dict, module: str) -> bool:
     """Whether the config's selection (targets, exclusions, layers) takes in a module path.
 

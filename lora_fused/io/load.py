@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
+from lora_fused.io.config import base_key
 from lora_fused.io.find import Paths, expand
 from lora_fused.io.peft import default_name, read_adapter
 from lora_fused.io.tensors import FLOATS
@@ -134,22 +134,16 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _check_bases(adapters: Sequence[Adapter], bank: AdapterBank) -> None:
-    """Refuse adapters of another base: their update would be added to a model it was not made for.
-
-    Only the last part of a path counts, for the rest is where the model lay on somebody's machine;
-    in a hub's cache the last part is a hash, and the folder ``models--<owner>--<name>`` counts.
-    """
+    """Refuse adapters of another base: their update is added to a model it was not made for."""
     held = [(f"adapter {name!r} of the bank", bank.metadata[name]) for name in bank]
     known = None
     for owner, metadata in [*held, *((a.metadata["path"], a.metadata) for a in adapters)]:
         base = (metadata.get("config") or {}).get("base_model_name_or_path")
-        parts = re.findall(r"[^/\\]+", base) if isinstance(base, str) else []
-        if not parts:
+        key = base_key(base)
+        if not key:
             continue
-        cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
-        last = [*parts, *cached][-1].casefold()
-        known = known or (last, base, owner)
-        if last != known[0]:
+        known = known or (key, base, owner)
+        if key != known[0]:
             where = f"base_model_name_or_path of {owner}"
             rule = f"be {known[1]!r} as in {known[2]} (any_base=True allows others)"
             raise invalid("load_adapters", where, rule, repr(base))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.checks import invalid, shape
+from lora_fused.io.config import base_key
 from lora_fused.io.sealed import (
     HEADER,
     check_names,
@@ -287,13 +287,6 @@ def _bank(
     return bank
 
 
-def _last(name: str) -> str:
-    """What a base is called: the last part of its path, or its name in a hub's cache."""
-    parts = re.findall(r"[^/\\]+", name)
-    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
-    return [*parts, *cached][-1].casefold() if parts else ""
-
-
 def check_same_base(subspace: Subspace, bank: AdapterBank) -> None:
     """Refuse adapters whose configs name another base than the subspace's.
 
@@ -303,14 +296,14 @@ def check_same_base(subspace: Subspace, bank: AdapterBank) -> None:
     names = subspace.base_names
     for adapter in bank:
         base = (bank.metadata[adapter].get("config") or {}).get("base_model_name_or_path")
-        if names and base and _last(base) not in map(_last, names):
+        if names and base and base_key(base) not in map(base_key, names):
             rule = f"be {' or '.join(map(repr, names))} as the subspace's (any_base=True allows it)"
             raise invalid(_LOAD, f"the base of adapter {adapter!r}", rule, repr(base))
 
 
 def _check_base(subspace: Subspace, base: str, where: Path) -> None:
     names = subspace.base.names
-    if names and _last(base) not in map(_last, names):
+    if names and base_key(base) not in map(base_key, names):
         got = ", ".join(map(repr, names))
         raise invalid(_LOAD, f"the base in {where}", f"be {base!r}", got)
 

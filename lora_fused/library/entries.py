@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_fused.adapters import BASE, Adapter
 from lora_fused.checks import check_whole, invalid, shape
-from lora_fused.io.subspace import _last
+from lora_fused.io.config import base_key
 from lora_fused.methods.prototypes import Prototypes, checked_features
 
 OP = "AdapterLibrary"
@@ -117,7 +117,7 @@ def check_adapter(adapter: Adapter, space: Space, any_base: bool) -> None:
     """Refuse an adapter of another base: by its config, and by its modules."""
     config = adapter.metadata.get("config") or {}
     base, where = config.get("base_model_name_or_path"), f"adapter {adapter.name!r}"
-    if space.base and base and not any_base and _last(base) != _last(space.base):
+    if space.base and base and not any_base and base_key(base) != base_key(space.base):
         rule = f"be {space.base!r} as the library's (any_base=True allows others)"
         raise invalid(OP, f"the base of {where}", rule, repr(base))
     if space.modules is None:

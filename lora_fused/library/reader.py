@@ -166,7 +166,7 @@ class LibraryReader:
             ValueError: a wrong argument, a filter that is not SQL over these columns.
 
         Cost:
-            Exact: Q * P * E multiply-adds. With the index, 3 ms per query at 10^5 vectors.
+            Exact: Q * P * E multiply-adds. With the index, 3 to 4 ms per query at 10^5 vectors.
         """
         check_whole(OP, "k", k)
         where = tagged(filter, check_tags(tags))

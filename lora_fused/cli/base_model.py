@@ -78,9 +78,9 @@ def asked(
     library, inputs: str | None, text: list[str] | None, field: str, per_input: bool,
     model: str | None, reporter: Reporter, also: Sequence[str] = (),
 ):  # fmt: skip
-    """Titles and features of what is asked: a row of each input, or one of their mean.
+    """What is asked: titles, features, and whether each is of one input alone.
 
-    Rows of ``also`` follow.
+    A row of each input, or one of their mean; rows of ``also`` follow.
     """
     if (inputs is None) == (not text):
         got = "both" if text else "neither"
@@ -93,9 +93,10 @@ def asked(
             base.model, [*texts, *also], tokenizer=base.tokenizer, progress=steps(advance)
         )
     if per_input:
-        return texts, found
-    title = texts[0] if len(texts) == 1 else f"mean of {len(texts)} inputs"
-    return [title], found.double().mean(0, keepdim=True).float()
+        return texts, found, True
+    single = len(texts) == 1
+    title = texts[0] if single else f"mean of {len(texts)} inputs"
+    return [title], found.double().mean(0, keepdim=True).float(), single
 
 
 def steps(advance: Callable[..., None]) -> Callable[[int, int | None], None]:

@@ -172,7 +172,7 @@ def search(
 ) -> None:
     """Find the adapters whose examples are most like some inputs."""
     library = open_library(uri, store)
-    texts, queries = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
+    texts, queries, _ = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
     hits = library.search(queries, k=k, filter=where, tags=tags or [])
     entries = {name: library.entry(name) for hit in hits for name in hit.names}
     found = [
@@ -312,7 +312,7 @@ def atlas(
     library, chosen = open_library(uri, store), None
     entries, prototypes = selected(library, where, tags)
     if inputs is not None or text:
-        _, query = asked(library, inputs, text, field, False, model, Reporter(quiet))
+        _, query, _ = asked(library, inputs, text, field, False, model, Reporter(quiet))
         chosen = weigh(retrieve(query, prototypes, k=k), weights)
     made = make_atlas(entries, prototypes, clusters=clusters, chosen=chosen, seed=seed)
     made.save_html(output)

@@ -30,6 +30,9 @@ FILE = "retrieval.yaml"
 _WHOLE = 100_000  # entries up to which all prototypes are compared
 _SHOWN = 20  # inputs
 _TYPES = ("cat", "svd")
+# Single inputs lie farther out than means do: by the prototypes, known ones would be outside, too.
+_UNJUDGED = {"nearer": 0, "of": 0, "outside": None}
+_HINT = " (of single inputs, see reference=)"
 
 
 def retrieve(
@@ -54,7 +57,9 @@ def retrieve(
     ] = "raw",
     reference: Annotated[
         str | None,
-        typer.Option(help="With --per-input: inputs that the library serves, to judge others by."),
+        typer.Option(
+            help="With --per-input: inputs that the library serves. Without, none is judged."
+        ),
     ] = None,
     where: Filter = None,
     tags: Tags = None,
@@ -73,8 +78,9 @@ def retrieve(
 ) -> None:
     """Weigh the adapters nearest to unlabelled inputs, and say how far the library knows such.
 
-    Distances are of prototypes, not squared; weights sum to one. With --apply, the record of the
-    retrieval is written beside the adapter, as retrieval.yaml.
+    Distances are of prototypes, not squared; weights sum to one. The mean of several inputs is
+    judged by the library's own prototypes; a single input needs --per-input and --reference. With
+    --apply, the record of the retrieval is written beside the adapter, as retrieval.yaml.
     """
     from lora_fused.methods.rpe import explain, weigh
 
@@ -83,10 +89,14 @@ def retrieve(
     _check_apply(apply, combination_type, rank, per_input, overwrite)
     library, reporter = open_library(uri, store), Reporter(quiet)
     known = [] if reference is None else read_texts(reference, field)
-    texts, queries = asked(library, inputs, text, field, per_input, model, reporter, known)
+    asked_for = (inputs, text, field, per_input, model)
+    texts, queries, single = asked(library, *asked_for, reporter, known)
     found = _found(library, queries[: len(texts)], k, where, tags)
     others = queries[len(texts) :] if known else None
     explained = explain(weigh(found, weights, **options), reference=others)
+    judged = others is not None or not single
+    if not judged:
+        explained = [dataclasses.replace(one, **_UNJUDGED) for one in explained]
     told = [
         {"input": title, **dataclasses.asdict(one)}
         for title, one in zip(texts, explained, strict=True)
@@ -94,17 +104,20 @@ def retrieve(
     merged = None
     if apply is not None:
         merged = _applied(library, explained[0], combination_type, rank, reporter)
-        asked_for = {"library": os.path.abspath(uri) if "://" not in uri else uri, "k": k}
-        asked_for |= {"weights": weights, **options, "filter": where, "tags": tags}
-        _write(merged, explained[0], Path(apply), overwrite, asked_for)
+        record = {"library": os.path.abspath(uri) if "://" not in uri else uri, "k": k}
+        record |= {"weights": weights, **options, "filter": where, "tags": tags}
+        _write(merged, explained[0], Path(apply), overwrite, record)
     if as_json:
         report = None if merged is None else _result(merged.report)
         print_json({"queries": told, "written": apply, "merge": report})
         return
+    hint = " (of single inputs: --per-input with --reference)" if others is None else ""
     for title, one in list(zip(texts, explained, strict=True))[:_SHOWN]:
-        say(f"{title}\n{one}\n")
+        say(f"{title}\n{str(one).replace(_HINT, hint)}\n")
     if len(explained) > _SHOWN:
         say(f"and {len(explained) - _SHOWN} more inputs (--json shows all)")
+    if not judged:
+        say("not judged: single inputs scatter; --per-input with --reference judges them")
     if merged is not None:
         say(f"{str(merged.report).splitlines()[0]}\nwritten: {apply}")
 

@@ -109,7 +109,16 @@ def test_warns_of_what_the_library_does_not_know(run, ask, library, queries, bas
         words = [part for text in texts(subject, 12, seed=9) for part in ("--text", text)]
         asked = ("retrieve", library, *words, "--model", base, "-q")
         assert said(run(*asked, "--json"))["queries"][0]["outside"] is outside
-        assert ("WARNING" in run(*asked).stdout) is outside
+        shown = run(*asked).stdout
+        assert ("WARNING" in shown) is outside and "reference=" not in shown
+        assert ("with --reference" in shown) is outside and "not judged" not in shown
+        # The same library, a single input: prototypes, which are means, cannot judge it.
+        for single in (("--text", texts(subject, 1)[0]), (*words, "--per-input")):
+            asked = ("retrieve", library, *single, "--model", base, "-q")
+            for one in said(run(*asked, "--json"))["queries"]:
+                assert one["outside"] is None and one["of"] == 0
+            shown = run(*asked).stdout
+            assert "WARNING" not in shown and "not judged: single inputs" in shown
 
 
 def test_each_input_may_have_its_own(ask, library, queries, inputs):
@@ -131,6 +140,8 @@ def test_inputs_are_judged_by_inputs(run, library, base, tmp_path):
     told = said(run("retrieve", library, *inputs, *judged))["queries"]
     assert [one["of"] for one in told] == [30] * 5
     assert [one["outside"] for one in told] == [False] * 4 + [True]
+    shown = run("retrieve", library, *inputs, *judged[:4], "-q").stdout
+    assert shown.count("WARNING") == 1 and "reference=" not in shown and "--ref" not in shown
 
 
 @pytest.mark.parametrize("options", [(), ("--type", "svd", "--rank", 2)], ids=["cat", "svd"])

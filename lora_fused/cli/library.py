@@ -28,7 +28,8 @@ Inputs = Annotated[
 Text = Annotated[list[str] | None, typer.Option(help="An input, in place of --inputs; repeatable.")]
 Field = Annotated[str, typer.Option(help="Of .jsonl files: which field holds the input.")]
 Filter = Annotated[
-    str | None, typer.Option(help="SQL over an entry's facts, as in 'rank <= 8 AND count > 50'.")
+    str | None,
+    typer.Option("--filter", help="SQL over an entry's facts: 'rank <= 8 AND count > 50'."),
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="Entries with this tag; repeatable.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...")]
@@ -139,8 +140,7 @@ def add(
 
 @app.command(name="list")
 def list_entries(
-    uri: Uri, where: Annotated[str | None, typer.Option("--filter")] = None, tags: Tags = None,
-    store: Store = None, as_json: AsJson = False,
+    uri: Uri, where: Filter = None, tags: Tags = None, store: Store = None, as_json: AsJson = False
 ) -> None:  # fmt: skip
     """Show the entries, or those that a filter and tags select."""
     found = open_library(uri, store).entries(where, tags=tags or [])

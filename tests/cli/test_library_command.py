@@ -113,6 +113,30 @@ def test_search_finds_adapters_of_such_inputs(run, library, base, tmp_path):
     assert done.stdout.count("food") == 2
 
 
+@pytest.mark.parametrize("verb", ["list", "search", "atlas", "retrieve"])
+def test_a_filter_is_called_the_same_everywhere(run, library, base, tmp_path, verb):
+    page = tmp_path / "page.html"
+    asked = ("--text", "cat likes dog", "--model", base, "-q")
+    command = {
+        "list": ("library", "list", library),
+        "search": ("library", "search", library, *asked),
+        "atlas": ("library", "atlas", library, "-o", page, *asked),
+        "retrieve": ("retrieve", library, *asked),
+    }[verb]
+    told = said(run(*command, "--filter", "rank > 1", "--json"))
+    names = {
+        "list": lambda: [row["name"] for row in told],
+        "search": lambda: [row["name"] for row in told[0]["found"]],
+        "atlas": lambda: [name for name in ("cars", "food", "pets") if name in page.read_text()],
+        "retrieve": lambda: told["queries"][0]["adapters"],
+    }[verb]()
+    assert sorted(names) == ["cars", "food"]
+    fault(run(*command, "--filter", "colour = 3"), "filter", "colour")
+    fault(run(*command, "--where", "rank > 1"), "--where", code=2)
+    shown = run(*command[: command.index(library)], "--help").stdout
+    assert "--filter" in shown and "SQL" in shown
+
+
 def test_distances_are_those_to_the_prototypes(run, library, base):
     asked = ("--text", "cat likes dog", "--model", base, "--json", "-q")
     (answer,) = said(run("library", "search", library, *asked))

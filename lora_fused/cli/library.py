@@ -11,7 +11,7 @@ import typer
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
 from lora_fused.cli.base_model import asked, load_base, steps
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.console import Reporter, finite, print_json, stdout, table
 
 app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
 
@@ -128,7 +128,7 @@ def add(
     told = add_jobs(library, jobs, options, Reporter(quiet))
     noise_told = told["noise"]
     if as_json:
-        noise_told = None if noise_told is None else dataclasses.asdict(noise_told)
+        noise_told = None if noise_told is None else finite(dataclasses.asdict(noise_told))
         print_json({**told, "noise": noise_told, "entries": len(library)})
         return
     say(f"added {len(told['added'])}, the library holds {len(library)}")

@@ -147,6 +147,14 @@ def test_distances_are_those_to_the_prototypes(run, library, base):
         assert row["distance"] == pytest.approx(float(truth[opened.names.index(row["name"])]))
 
 
+@pytest.mark.parametrize("text", ["array[/b] x", "[red]x", ":cat: x", "x \\"])
+def test_an_input_is_shown_as_it_is(run, library, base, text):
+    asked = ("--text", text, "--model", base, "-q")
+    for command in (("library", "search", library), ("retrieve", library)):
+        done = run(*command, *asked)
+        assert done.exit_code == 0 and text in done.stdout, done.output
+
+
 def test_add_tells_what_noise_does(run, empty, base, manifest):
     options = ("--manifest", manifest, "--model", base, "--per-adapter", 2, "--minimum", 3)
     done = run("library", "add", empty, *options, "--noise", 0.01, "--tag", "noisy")
@@ -154,6 +162,16 @@ def test_add_tells_what_noise_does(run, empty, base, manifest):
     assert "adding 3 adapters by 36 examples" in done.stderr
     told = said(run("library", "stats", empty, "--json"))
     assert told["prototypes"] > told["entries"] == told["tags"]["noisy"] == 3
+
+
+def test_noise_on_one_adapter_has_no_neighbours(run, empty, base, tmp_path):
+    save_adapter(tmp_path / "one", 5)
+    (tmp_path / "one.txt").write_text("\n".join(texts("pets")))
+    add = ("library", "add", empty, tmp_path / "one", "--examples", tmp_path / "one.txt")
+    told = said(run(*add, "--model", base, "--noise", 0.01, "--json", "-q"))
+    assert told["added"] == ["one"] and told["entries"] == 1
+    noise = told["noise"]
+    assert noise["spacing"] is None and noise["deviation"] == 0.01 and noise["moved"] > 0
 
 
 def test_add_refuses_few_examples_and_adds_nothing(run, empty, base, tmp_path):

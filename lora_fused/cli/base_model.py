@@ -116,12 +116,10 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"library: no such file: {path}")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise invalid("library", str(path), "be text in UTF-8", error) from None
     if path.suffix == ".jsonl":
         lines = [_field(row, field, where) for where, row in read_rows(path)]
+    else:
+        lines = [line for line in _lines(path) if line.strip()]
     if not lines:
         raise invalid("library", str(path), "hold inputs, one per line", "none")
     return lines
@@ -130,7 +128,7 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
 def read_rows(path: Path) -> list[tuple[str, dict]]:
     """The objects of a .jsonl file, each with its place."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"
@@ -142,6 +140,15 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
             raise invalid("library", where, "be a JSON object", type(row).__name__)
         rows.append((where, row))
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines end at a newline alone; other separators are part of a text, which counts once."""
+    try:
+        held = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise invalid("library", str(path), "be text in UTF-8", error) from None
+    return [line.removesuffix("\r") for line in held.split("\n")]
 
 
 def _field(row: dict, field: str, where: str) -> str:

@@ -20,7 +20,7 @@ from support.tiny_library import (
 )
 
 from lora_fused.cli import library_add
-from lora_fused.cli.base_model import base_folder, load_base
+from lora_fused.cli.base_model import base_folder, load_base, read_rows, read_texts
 from lora_fused.cli.console import Reporter
 from lora_fused.library import AdapterLibrary
 from lora_fused.methods.rpe import make_prototypes
@@ -299,6 +299,28 @@ def test_rejects(run, library, base, tmp_path):
     options = ("--inputs", tmp_path / "e.jsonl", "--model", base, "-q")
     fault(run(*asked[:3], *options), "--field", "'question'")
     fault(run("library", "add", library, "x"), "--examples and --manifest", "neither")
+
+
+SEPARATED = ["one\u2028text", "a\x0cform", "next\x85line", "last\x1cone", "old\rmac"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["newline", "both"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+def test_only_newlines_part_inputs(tmp_path, mark, end):
+    """Lines that fell apart would count as examples that there are not."""
+    (tmp_path / "a.txt").write_bytes((mark + end.join([*SEPARATED, "", " ", ""])).encode())
+    assert read_texts(tmp_path / "a.txt") == SEPARATED
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in SEPARATED]
+    (tmp_path / "a.jsonl").write_bytes((mark + end.join(rows) + end).encode())
+    assert read_texts(tmp_path / "a.jsonl") == SEPARATED
+
+
+def test_inputs_of_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    for read in (read_texts, read_rows):
+        with pytest.raises(ValueError, match=r"a\.jsonl.* must be text in UTF-8"):
+            read(path)
 
 
 def test_a_base_in_a_package_is_found(base, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def search(
     library = open_library(uri, store)
     texts, queries, _ = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
     hits = library.search(queries, k=k, filter=where, tags=tags or [])
-    entries = {name: library.entry(name) for hit in hits for name in hit.names}
+    entries = {name: library.entry(name) for name in {n for hit in hits for n in hit.names}}
     found = [
         [
             {**facts(entries[name]), "distance": max(far, 0.0) ** 0.5}

@@ -191,6 +191,34 @@ def test_add_passes_over_names_only_when_told(run, library, base, manifest):
     assert told["added"] == [] and told["skipped"] == list(SUBJECTS) and told["entries"] == 3
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(owner, name) -> a list that grows with every call of that method."""
+
+    def count(owner, name):
+        made, held = [], getattr(owner, name)
+        get = held.fget if isinstance(held, property) else held
+
+        def counted(*args, **options):
+            made.append(args[1:])
+            return get(*args, **options)
+
+        replaced = property(counted) if isinstance(held, property) else counted
+        monkeypatch.setattr(owner, name, replaced)
+        return made
+
+    return count
+
+
+def test_the_catalogue_is_not_asked_for_each_name(run, library, base, manifest, calls):
+    names, entry = calls(AdapterLibrary, "names"), calls(AdapterLibrary, "entry")
+    add = ("library", "add", library, "--manifest", manifest, "--model", base, "-q")
+    assert run(*add, "--skip-existing").exit_code == 0 and len(names) == 1
+    several = [part for text in texts("pets", 9) for part in ("--text", text)]
+    found = said(run("library", "search", library, *several, "--per-input", *add[-3:], "--json"))
+    assert sum(len(one["found"]) for one in found) == 27 and len(entry) == 3
+
+
 def test_an_interrupted_add_keeps_what_was_added(run, empty, base, manifest, monkeypatch):
     calls = []
 

@@ -245,9 +245,10 @@ def export(
 ) -> None:
     """Write entries as PEFT folders, one per name, with what their files said."""
     from lora_fused.io.peft import check_target
+    from lora_fused.library.sources import listed
 
     library = open_library(uri, store)
-    for name in names:
+    for name in listed(names):
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
     with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:

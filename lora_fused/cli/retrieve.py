@@ -1,7 +1,9 @@
 """``lora-fused retrieve``: the ensemble of a library's adapters for some inputs, and why it."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -190,7 +192,6 @@ def _write(merged, chosen, target: Path, overwrite: bool, asked_for: dict) -> No
     from lora_fused import __version__
     from lora_fused.io import write_adapter
 
-    write_adapter(merged.adapter, target, overwrite_ok=overwrite)
     adapters = [
         {"name": name, "weight": weight, "distance": distance}
         for name, weight, distance in zip(
@@ -206,7 +207,29 @@ def _write(merged, chosen, target: Path, overwrite: bool, asked_for: dict) -> No
         "lora_fused": __version__,
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    (target / FILE).write_text("# What lora-fused retrieve made this adapter of.\n" + text, "utf-8")
+    with _without_record(target / FILE):
+        write_adapter(merged.adapter, target, overwrite_ok=overwrite)
+    # Not straight to its name: half a record could be read as a whole one.
+    draft = target / f".{FILE}.new"
+    draft.write_text("# What lora-fused retrieve made this adapter of.\n" + text, "utf-8")
+    draft.replace(target / FILE)
+
+
+@contextlib.contextmanager
+def _without_record(path: Path) -> Iterator[None]:
+    """The old record goes first: a killed process must not leave it beside the new adapter."""
+    if not path.is_file():
+        yield
+        return
+    record, folder = path.read_bytes(), path.parent.stat().st_ino
+    path.unlink()
+    try:
+        yield
+    except BaseException:
+        # The old adapter, whose record this is, lies in the old folder.
+        if path.parent.is_dir() and path.parent.stat().st_ino == folder:
+            path.write_bytes(record)
+        raise
 
 
 def _result(report) -> dict:

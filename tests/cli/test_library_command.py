@@ -271,6 +271,9 @@ def test_remove_verify_compact_and_export(run, library, tmp_path):
         written = (out / "pets" / file).read_bytes()
         assert written == (tmp_path / "adapters" / "pets" / file).read_bytes()
     fault(run("library", "export", library, "pets", "-o", out), "exists", "--overwrite")
+    two = ("library", "export", library, "cars", "pets", "pets", "-o", tmp_path / "two")
+    fault(run(*two), "distinct names")
+    assert not (tmp_path / "two").exists()
 
 
 def test_verify_finds_damage(run, library):

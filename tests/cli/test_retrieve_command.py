@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.tiny_library import BASE, SUBJECTS, fault, said, save_base, save_manifest, texts
 
-from lora_fused import read_adapter
+from lora_fused import io, read_adapter
 from lora_fused.cli import retrieve as command
 from lora_fused.cli.base_model import load_base
 from lora_fused.cli.console import Reporter
@@ -167,6 +167,31 @@ def test_apply_writes_the_exact_merge(ask, library, tmp_path, options):
     assert record["result"] == told["merge"] and told["written"] == str(out)
     fault(ask("--apply", out, "-q"), "exists", "--overwrite")
     assert ask("--apply", out, "--overwrite", "-q").exit_code == 0
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_no_record_lies_beside_another_adapter(ask, tmp_path, monkeypatch, when):
+    """Neither after an error, nor where the process is killed as write_adapter begins or ends."""
+    out, states = tmp_path / "out", []
+    assert ask("--weights", "nearest", "--apply", out, "-q").exit_code == 0
+    record, write = (out / command.FILE).read_bytes(), io.write_adapter
+
+    def watched(*args, **options):
+        if when == "between":
+            write(*args, **options)
+        states.append((out / command.FILE).exists())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(io, "write_adapter", watched)
+    fault(ask("--weights", "uniform", "--apply", out, "--overwrite", "-q"), "no space left")
+    assert states == [False]
+    assert (out / command.FILE).is_file() is (when == "before")
+    if when == "before":
+        assert (out / command.FILE).read_bytes() == record
+    monkeypatch.undo()
+    assert ask("--weights", "uniform", "--apply", out, "--overwrite", "-q").exit_code == 0
+    assert yaml.safe_load((out / command.FILE).read_text())["weights"] == "uniform"
+    assert not list(out.glob(".*"))
 
 
 def test_adapters_of_weight_zero_are_left_out(ask, tmp_path):

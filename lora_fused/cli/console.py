@@ -3,7 +3,9 @@
 import glob
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +66,18 @@ def finite(facts: dict) -> dict:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def check_writable(path: str | os.PathLike, op: str) -> None:
+    """Before anything is computed: try whether a file or folder can be made at this path."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        told = f"{op}: nothing can be written to {folder}: {error.strerror}"
+        raise type(error)(told) from None
 
 
 def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Table:

@@ -11,7 +11,7 @@ import typer
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
 from lora_fused.cli.base_model import asked, load_base, steps
-from lora_fused.cli.console import Reporter, finite, print_json, stdout, table
+from lora_fused.cli.console import Reporter, check_writable, finite, print_json, stdout, table
 
 app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
 
@@ -251,6 +251,7 @@ def export(
     for name in listed(names):
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
+    check_writable(Path(output, names[0]), "library export")
     with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
         for name in names:
             library.export(name, Path(output, name), overwrite_ok=overwrite)
@@ -350,6 +351,7 @@ def check_page(path: str, op: str) -> None:
         raise FileNotFoundError(f"{op}: no such folder: {Path(path).absolute().parent}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{op}: --output names a folder: {path}")
+    check_writable(path, op)
 
 
 def facts(entry) -> dict:

@@ -13,7 +13,7 @@ import typer
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AsJson, Quiet
 from lora_fused.cli.base_model import asked, read_texts
-from lora_fused.cli.console import Reporter, print_json
+from lora_fused.cli.console import Reporter, check_writable, print_json
 from lora_fused.cli.library import (
     Field,
     Filter,
@@ -157,6 +157,7 @@ def _check_apply(
         rule = "be given with --type svd, and with it alone"
         raise invalid("retrieve", "--rank", rule, f"{rank} with {combination_type}")
     check_target(Path(apply), overwrite, "retrieve")
+    check_writable(apply, "retrieve")
 
 
 def _found(library, queries, k: int, where: str | None, tags: list[str] | None):

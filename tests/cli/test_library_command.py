@@ -1,6 +1,7 @@
 """lora-fused library: every verb on a tiny base with tiny adapters, and its one-line errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,6 +297,20 @@ def test_atlas_writes_a_page(run, library, base, tmp_path):
     assert run("library", "atlas", library, "-o", page).exit_code == 0  # no request, no model
     assert "What the request gets" not in page.read_text()
     fault(run("library", "atlas", library, "-o", tmp_path / "no" / "a.html"), "no such folder")
+
+
+def test_where_nothing_can_be_written_nothing_is_read(run, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdapterLibrary, "embed", lambda *_, **__: pytest.fail("embedded"))
+    (tmp_path / "file").touch()
+    outs = [tmp_path / "file" / "x", Path("/proc/x")]  # the second: on Linux, not even by root
+    for out in filter(lambda out: out.parent.exists(), outs):
+        for command in (
+            ("library", "export", library, "cars", "-o", out),
+            ("library", "atlas", library, "--text", "cat", "-o", out),
+            ("retrieve", library, "--text", "cat", "--apply", out),
+        ):
+            fault(run(*command, "-q"), str(out.parent))
+    assert not list(tmp_path.glob("file?*"))
 
 
 @pytest.mark.parametrize("line, words", [

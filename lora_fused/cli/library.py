@@ -13,7 +13,11 @@ from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
 from lora_fused.cli.base_model import asked, load_base, steps
 from lora_fused.cli.console import Reporter, check_writable, finite, print_json, stdout, table
 
-app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Keep adapters, and find them by example inputs. Errors are text on stderr, with --json, "
+    "too.",
+)
 
 Uri = Annotated[str, typer.Argument(metavar="URI", help="The library: a folder, or s3://...")]
 Store = Annotated[
@@ -45,7 +49,9 @@ def create(
     model: Annotated[str, typer.Option(help="Folder of the frozen base, or its package.")],
     base_name: Annotated[
         str | None,
-        typer.Option(help="What adapters' configs call the base. Default: what its own does."),
+        typer.Option(
+            help="What adapters' configs call the base, where that is not what its own does."
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Where vectors are read: a module, or a number (-1: last).")
@@ -86,7 +92,7 @@ def create(
 @app.command()
 def add(
     uri: Uri,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER]...")] = None,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER")] = None,
     examples: Annotated[
         str | None, typer.Option(help="Inputs that the one adapter was trained on.")
     ] = None,
@@ -117,7 +123,13 @@ def add(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add adapters with the means of their example inputs, embedded by the frozen base."""
+    """Add adapters with the means of their example inputs, embedded by the frozen base.
+
+    One: lora-fused library add LIB adapters/pets --examples pets.txt
+
+    Many: lora-fused library add LIB --manifest all.jsonl, with lines as
+    {"adapter": "adapters/pets", "examples": "pets.txt", "tags": ["living"]}
+    """
     from lora_fused.cli.library_add import add_jobs, jobs_of
 
     library = open_library(uri, store)

@@ -115,7 +115,13 @@ def _add(library, jobs: list[Job], base, options: dict, advance):
     # First: a damaged adapter, or one of another base, is told of before the embedding.
     adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
     for adapter in adapters:
-        check_adapter(adapter, library.space, options["any_base"])
+        try:
+            check_adapter(adapter, library.space, options["any_base"])
+        except ValueError as error:
+            if "any_base=True" not in str(error):
+                raise
+            remedy = "the same base by another name: library create --base-name"
+            raise ValueError(f"{error}; {remedy}") from None
     found = {
         job.name: library.embed(
             base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)

@@ -34,7 +34,7 @@ _SHOWN = 20  # inputs
 _TYPES = ("cat", "svd")
 # Single inputs lie farther out than means do: by the prototypes, known ones would be outside, too.
 _UNJUDGED = {"nearer": 0, "of": 0, "outside": None}
-_HINT = " (of single inputs, see reference=)"
+_HINTS = (" (of single inputs, see reference=)", " (give reference=)")  # options differ here
 
 
 def retrieve(
@@ -82,7 +82,8 @@ def retrieve(
 
     Distances are of prototypes, not squared; weights sum to one. The mean of several inputs is
     judged by the library's own prototypes; a single input needs --per-input and --reference. With
-    --apply, the record of the retrieval is written beside the adapter, as retrieval.yaml.
+    --apply, the record of the retrieval is written beside the adapter, as retrieval.yaml. Errors
+    are text on stderr, with --json, too.
     """
     from lora_fused.methods.rpe import explain, weigh
 
@@ -113,9 +114,9 @@ def retrieve(
         report = None if merged is None else _result(merged.report)
         print_json({"queries": told, "written": apply, "merge": report})
         return
-    hint = " (of single inputs: --per-input with --reference)" if others is None else ""
+    hint = "" if single or known else " (of single inputs: --per-input with --reference)"
     for title, one in list(zip(texts, explained, strict=True))[:_SHOWN]:
-        say(f"{title}\n{str(one).replace(_HINT, hint)}\n")
+        say(f"{title}\n{_shown(one, hint)}\n")
     if len(explained) > _SHOWN:
         say(f"and {len(explained) - _SHOWN} more inputs (--json shows all)")
     if not judged:
@@ -231,6 +232,13 @@ def _without_record(path: Path) -> Iterator[None]:
         if path.parent.is_dir() and path.parent.stat().st_ino == folder:
             path.write_bytes(record)
         raise
+
+
+def _shown(explained, hint: str) -> str:
+    text = str(explained)
+    for said in _HINTS:
+        text = text.replace(said, hint)
+    return text
 
 
 def _result(report) -> dict:

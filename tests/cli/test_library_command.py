@@ -242,6 +242,12 @@ def test_an_interrupted_add_keeps_what_was_added(run, empty, base, manifest, mon
     assert said(run(*add, "--skip-existing", "--json", "-q"))["added"] == ["cars"]
 
 
+def test_help_of_add_shows_one_and_many(run):
+    shown = " ".join(run("library", "add", "--help").stdout.split())
+    assert "add LIB adapters/pets --examples pets.txt" in shown
+    assert "add LIB --manifest all.jsonl" in shown
+
+
 def test_another_base_is_refused(run, empty, manifest, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     add = ("library", "add", empty, "--manifest", manifest, "--model", other, "-q")
@@ -255,7 +261,7 @@ def test_another_base_is_refused(run, empty, manifest, tmp_path):
 def test_the_base_is_found_where_the_library_was_made(run, base, manifest, tmp_path):
     assert run("library", "create", tmp_path / "L", "--model", base, "-q").exit_code == 0
     add = ("library", "add", tmp_path / "L", "--manifest", manifest, "-q")
-    fault(run(*add), "tiny/base", "--any-base")
+    fault(run(*add), "tiny/base", "--any-base", "library create --base-name")
     assert run(*add, "--any-base").exit_code == 0
 
 

@@ -209,6 +209,7 @@ def test_large_libraries_are_asked_by_their_index(ask, monkeypatch):
     part = said(ask("--json", "-q"))
     for key in ("adapters", "weights", "distances"):
         assert part["queries"][0][key] == pytest.approx(whole["queries"][0][key])
+    assert "reference=" not in ask("-q").stdout, "the option is --reference"
 
 
 def test_rejects(run, ask, library, base, inputs, tmp_path):

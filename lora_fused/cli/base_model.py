@@ -78,9 +78,9 @@ def asked(
     library, inputs: str | None, text: list[str] | None, field: str, per_input: bool,
     model: str | None, reporter: Reporter, also: Sequence[str] = (),
 ):  # fmt: skip
-    """Titles and features of what is asked: a row of each input, or one of their mean.
+    """What is asked: titles, features, and whether each is of one input alone.
 
-    Rows of ``also`` follow.
+    A row of each input, or one of their mean; rows of ``also`` follow.
     """
     if (inputs is None) == (not text):
         got = "both" if text else "neither"
@@ -93,9 +93,10 @@ def asked(
             base.model, [*texts, *also], tokenizer=base.tokenizer, progress=steps(advance)
         )
     if per_input:
-        return texts, found
-    title = texts[0] if len(texts) == 1 else f"mean of {len(texts)} inputs"
-    return [title], found.double().mean(0, keepdim=True).float()
+        return texts, found, True
+    single = len(texts) == 1
+    title = texts[0] if single else f"mean of {len(texts)} inputs"
+    return [title], found.double().mean(0, keepdim=True).float(), single
 
 
 def steps(advance: Callable[..., None]) -> Callable[[int, int | None], None]:
@@ -115,12 +116,10 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"library: no such file: {path}")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise invalid("library", str(path), "be text in UTF-8", error) from None
     if path.suffix == ".jsonl":
         lines = [_field(row, field, where) for where, row in read_rows(path)]
+    else:
+        lines = [line for line in _lines(path) if line.strip()]
     if not lines:
         raise invalid("library", str(path), "hold inputs, one per line", "none")
     return lines
@@ -129,7 +128,7 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> list[str]:
 def read_rows(path: Path) -> list[tuple[str, dict]]:
     """The objects of a .jsonl file, each with its place."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"
@@ -141,6 +140,15 @@ def read_rows(path: Path) -> list[tuple[str, dict]]:
             raise invalid("library", where, "be a JSON object", type(row).__name__)
         rows.append((where, row))
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines end at a newline alone; other separators are part of a text, which counts once."""
+    try:
+        held = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise invalid("library", str(path), "be text in UTF-8", error) from None
+    return [line.removesuffix("\r") for line in held.split("\n")]
 
 
 def _field(row: dict, field: str, where: str) -> str:

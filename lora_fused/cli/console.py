@@ -2,7 +2,10 @@
 
 import glob
 import json
+import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -39,7 +42,11 @@ class Reporter:
             yield lambda steps=1, total=None: None
             self.say(f"{label}: {time.perf_counter() - start:.1f} s")
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+        )
         with Progress(*columns, TimeElapsedColumn(), console=self.console) as progress:
             bar = progress.add_task(label, total=total)
             yield lambda steps=1, total=None: progress.update(bar, advance=steps, total=total)
@@ -48,16 +55,34 @@ class Reporter:
 def stdout() -> Console:
     """A console on stdout as it is now (tests replace it), wide where it is no terminal."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False)
+    return Console(file=sys.stdout, width=width, highlight=False, emoji=False)
+
+
+def finite(facts: dict) -> dict:
+    """Facts as JSON can hold them: None for a number that is none."""
+    lost = {k: None for k, v in facts.items() if isinstance(v, float) and not math.isfinite(v)}
+    return facts | lost
 
 
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def check_writable(path: str | os.PathLike, op: str) -> None:
+    """Before anything is computed: try whether a file or folder can be made at this path."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        told = f"{op}: nothing can be written to {folder}: {error.strerror}"
+        raise type(error)(told) from None
+
+
 def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Table:
     """A rich table; ``columns`` maps each heading to its justification ("left" or "right")."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=escape(title), title_justify="left", title_style="bold")
     for heading, justify in columns.items():
         made.add_column(heading, justify=justify, overflow="fold")
     for row in rows:

@@ -11,9 +11,13 @@ import typer
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
 from lora_fused.cli.base_model import asked, load_base, steps
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.console import Reporter, check_writable, finite, print_json, stdout, table
 
-app = typer.Typer(no_args_is_help=True, help="Keep adapters, and find them by example inputs.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Keep adapters, and find them by example inputs. Errors are text on stderr, with --json, "
+    "too.",
+)
 
 Uri = Annotated[str, typer.Argument(metavar="URI", help="The library: a folder, or s3://...")]
 Store = Annotated[
@@ -28,7 +32,8 @@ Inputs = Annotated[
 Text = Annotated[list[str] | None, typer.Option(help="An input, in place of --inputs; repeatable.")]
 Field = Annotated[str, typer.Option(help="Of .jsonl files: which field holds the input.")]
 Filter = Annotated[
-    str | None, typer.Option(help="SQL over an entry's facts, as in 'rank <= 8 AND count > 50'.")
+    str | None,
+    typer.Option("--filter", help="SQL over an entry's facts: 'rank <= 8 AND count > 50'."),
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", help="Entries with this tag; repeatable.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...")]
@@ -44,7 +49,9 @@ def create(
     model: Annotated[str, typer.Option(help="Folder of the frozen base, or its package.")],
     base_name: Annotated[
         str | None,
-        typer.Option(help="What adapters' configs call the base. Default: what its own does."),
+        typer.Option(
+            help="What adapters' configs call the base, where that is not what its own does."
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Where vectors are read: a module, or a number (-1: last).")
@@ -85,7 +92,7 @@ def create(
 @app.command()
 def add(
     uri: Uri,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="[ADAPTER]...")] = None,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER")] = None,
     examples: Annotated[
         str | None, typer.Option(help="Inputs that the one adapter was trained on.")
     ] = None,
@@ -116,7 +123,13 @@ def add(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add adapters with the means of their example inputs, embedded by the frozen base."""
+    """Add adapters with the means of their example inputs, embedded by the frozen base.
+
+    One: lora-fused library add LIB adapters/pets --examples pets.txt
+
+    Many: lora-fused library add LIB --manifest all.jsonl, with lines as
+    {"adapter": "adapters/pets", "examples": "pets.txt", "tags": ["living"]}
+    """
     from lora_fused.cli.library_add import add_jobs, jobs_of
 
     library = open_library(uri, store)
@@ -127,7 +140,7 @@ def add(
     told = add_jobs(library, jobs, options, Reporter(quiet))
     noise_told = told["noise"]
     if as_json:
-        noise_told = None if noise_told is None else dataclasses.asdict(noise_told)
+        noise_told = None if noise_told is None else finite(dataclasses.asdict(noise_told))
         print_json({**told, "noise": noise_told, "entries": len(library)})
         return
     say(f"added {len(told['added'])}, the library holds {len(library)}")
@@ -139,8 +152,7 @@ def add(
 
 @app.command(name="list")
 def list_entries(
-    uri: Uri, where: Annotated[str | None, typer.Option("--filter")] = None, tags: Tags = None,
-    store: Store = None, as_json: AsJson = False,
+    uri: Uri, where: Filter = None, tags: Tags = None, store: Store = None, as_json: AsJson = False
 ) -> None:  # fmt: skip
     """Show the entries, or those that a filter and tags select."""
     found = open_library(uri, store).entries(where, tags=tags or [])
@@ -172,9 +184,9 @@ def search(
 ) -> None:
     """Find the adapters whose examples are most like some inputs."""
     library = open_library(uri, store)
-    texts, queries = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
+    texts, queries, _ = asked(library, inputs, text, field, per_input, model, Reporter(quiet))
     hits = library.search(queries, k=k, filter=where, tags=tags or [])
-    entries = {name: library.entry(name) for hit in hits for name in hit.names}
+    entries = {name: library.entry(name) for name in {n for hit in hits for n in hit.names}}
     found = [
         [
             {**facts(entries[name]), "distance": max(far, 0.0) ** 0.5}
@@ -245,11 +257,13 @@ def export(
 ) -> None:
     """Write entries as PEFT folders, one per name, with what their files said."""
     from lora_fused.io.peft import check_target
+    from lora_fused.library.sources import listed
 
     library = open_library(uri, store)
-    for name in names:
+    for name in listed(names):
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
+    check_writable(Path(output, names[0]), "library export")
     with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
         for name in names:
             library.export(name, Path(output, name), overwrite_ok=overwrite)
@@ -312,7 +326,7 @@ def atlas(
     library, chosen = open_library(uri, store), None
     entries, prototypes = selected(library, where, tags)
     if inputs is not None or text:
-        _, query = asked(library, inputs, text, field, False, model, Reporter(quiet))
+        _, query, _ = asked(library, inputs, text, field, False, model, Reporter(quiet))
         chosen = weigh(retrieve(query, prototypes, k=k), weights)
     made = make_atlas(entries, prototypes, clusters=clusters, chosen=chosen, seed=seed)
     made.save_html(output)
@@ -349,6 +363,7 @@ def check_page(path: str, op: str) -> None:
         raise FileNotFoundError(f"{op}: no such folder: {Path(path).absolute().parent}")
     if Path(path).is_dir():
         raise IsADirectoryError(f"{op}: --output names a folder: {path}")
+    check_writable(path, op)
 
 
 def facts(entry) -> dict:

@@ -44,11 +44,12 @@ def jobs_of(paths: list[str], examples: str | None, manifest: str | None, field:
         jobs = list(_of_manifest(Path(manifest), field))
     if not jobs:
         raise invalid("library add", str(manifest), "name adapters, one per line", "none")
-    names = [job.name for job in jobs]
-    for name in names:
-        if names.count(name) > 1:
+    seen = set()
+    for job in jobs:
+        if job.name in seen:
             rule = 'differ (an entry of the manifest may have its own: "name")'
-            raise invalid("library add", "names of adapters", rule, f"{name!r} twice")
+            raise invalid("library add", "names of adapters", rule, f"{job.name!r} twice")
+        seen.add(job.name)
     return jobs
 
 
@@ -77,11 +78,12 @@ def _of_manifest(path: Path, field: str) -> Iterator[Job]:
 
 def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dict:
     """Embed and add, some adapters in a commit; what was added stays if it is interrupted."""
-    held = [job.name for job in jobs if job.name in set(library.names)]
+    names = set(library.names)
+    held = [job.name for job in jobs if job.name in names]
     if held and not options["skip_existing"]:
         rule = "be new (--skip-existing passes over those that are there)"
         raise invalid("library add", "names", rule, ", ".join(map(repr, held[:4])))
-    left = [job for job in jobs if job.name not in held]
+    left = [job for job in jobs if job.name not in names]
     told = {"added": [], "skipped": held, "noise": None}
     if not left:
         return told
@@ -113,7 +115,13 @@ def _add(library, jobs: list[Job], base, options: dict, advance):
     # First: a damaged adapter, or one of another base, is told of before the embedding.
     adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
     for adapter in adapters:
-        check_adapter(adapter, library.space, options["any_base"])
+        try:
+            check_adapter(adapter, library.space, options["any_base"])
+        except ValueError as error:
+            if "any_base=True" not in str(error):
+                raise
+            remedy = "the same base by another name: library create --base-name"
+            raise ValueError(f"{error}; {remedy}") from None
     found = {
         job.name: library.embed(
             base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)

@@ -1,7 +1,9 @@
 """``lora-fused retrieve``: the ensemble of a library's adapters for some inputs, and why it."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ import typer
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AsJson, Quiet
 from lora_fused.cli.base_model import asked, read_texts
-from lora_fused.cli.console import Reporter, print_json
+from lora_fused.cli.console import Reporter, check_writable, print_json
 from lora_fused.cli.library import (
     Field,
     Filter,
@@ -30,6 +32,9 @@ FILE = "retrieval.yaml"
 _WHOLE = 100_000  # entries up to which all prototypes are compared
 _SHOWN = 20  # inputs
 _TYPES = ("cat", "svd")
+# Single inputs lie farther out than means do: by the prototypes, known ones would be outside, too.
+_UNJUDGED = {"nearer": 0, "of": 0, "outside": None}
+_HINTS = (" (of single inputs, see reference=)", " (give reference=)")  # options differ here
 
 
 def retrieve(
@@ -54,7 +59,9 @@ def retrieve(
     ] = "raw",
     reference: Annotated[
         str | None,
-        typer.Option(help="With --per-input: inputs that the library serves, to judge others by."),
+        typer.Option(
+            help="With --per-input: inputs that the library serves. Without, none is judged."
+        ),
     ] = None,
     where: Filter = None,
     tags: Tags = None,
@@ -73,8 +80,10 @@ def retrieve(
 ) -> None:
     """Weigh the adapters nearest to unlabelled inputs, and say how far the library knows such.
 
-    Distances are of prototypes, not squared; weights sum to one. With --apply, the record of the
-    retrieval is written beside the adapter, as retrieval.yaml.
+    Distances are of prototypes, not squared; weights sum to one. The mean of several inputs is
+    judged by the library's own prototypes; a single input needs --per-input and --reference. With
+    --apply, the record of the retrieval is written beside the adapter, as retrieval.yaml. Errors
+    are text on stderr, with --json, too.
     """
     from lora_fused.methods.rpe import explain, weigh
 
@@ -83,10 +92,14 @@ def retrieve(
     _check_apply(apply, combination_type, rank, per_input, overwrite)
     library, reporter = open_library(uri, store), Reporter(quiet)
     known = [] if reference is None else read_texts(reference, field)
-    texts, queries = asked(library, inputs, text, field, per_input, model, reporter, known)
+    asked_for = (inputs, text, field, per_input, model)
+    texts, queries, single = asked(library, *asked_for, reporter, known)
     found = _found(library, queries[: len(texts)], k, where, tags)
     others = queries[len(texts) :] if known else None
     explained = explain(weigh(found, weights, **options), reference=others)
+    judged = others is not None or not single
+    if not judged:
+        explained = [dataclasses.replace(one, **_UNJUDGED) for one in explained]
     told = [
         {"input": title, **dataclasses.asdict(one)}
         for title, one in zip(texts, explained, strict=True)
@@ -94,17 +107,20 @@ def retrieve(
     merged = None
     if apply is not None:
         merged = _applied(library, explained[0], combination_type, rank, reporter)
-        asked_for = {"library": os.path.abspath(uri) if "://" not in uri else uri, "k": k}
-        asked_for |= {"weights": weights, **options, "filter": where, "tags": tags}
-        _write(merged, explained[0], Path(apply), overwrite, asked_for)
+        record = {"library": os.path.abspath(uri) if "://" not in uri else uri, "k": k}
+        record |= {"weights": weights, **options, "filter": where, "tags": tags}
+        _write(merged, explained[0], Path(apply), overwrite, record)
     if as_json:
         report = None if merged is None else _result(merged.report)
         print_json({"queries": told, "written": apply, "merge": report})
         return
+    hint = "" if single or known else " (of single inputs: --per-input with --reference)"
     for title, one in list(zip(texts, explained, strict=True))[:_SHOWN]:
-        say(f"{title}\n{one}\n")
+        say(f"{title}\n{_shown(one, hint)}\n")
     if len(explained) > _SHOWN:
         say(f"and {len(explained) - _SHOWN} more inputs (--json shows all)")
+    if not judged:
+        say("not judged: single inputs scatter; --per-input with --reference judges them")
     if merged is not None:
         say(f"{str(merged.report).splitlines()[0]}\nwritten: {apply}")
 
@@ -142,6 +158,7 @@ def _check_apply(
         rule = "be given with --type svd, and with it alone"
         raise invalid("retrieve", "--rank", rule, f"{rank} with {combination_type}")
     check_target(Path(apply), overwrite, "retrieve")
+    check_writable(apply, "retrieve")
 
 
 def _found(library, queries, k: int, where: str | None, tags: list[str] | None):
@@ -177,7 +194,6 @@ def _write(merged, chosen, target: Path, overwrite: bool, asked_for: dict) -> No
     from lora_fused import __version__
     from lora_fused.io import write_adapter
 
-    write_adapter(merged.adapter, target, overwrite_ok=overwrite)
     adapters = [
         {"name": name, "weight": weight, "distance": distance}
         for name, weight, distance in zip(
@@ -193,7 +209,36 @@ def _write(merged, chosen, target: Path, overwrite: bool, asked_for: dict) -> No
         "lora_fused": __version__,
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    (target / FILE).write_text("# What lora-fused retrieve made this adapter of.\n" + text, "utf-8")
+    with _without_record(target / FILE):
+        write_adapter(merged.adapter, target, overwrite_ok=overwrite)
+    # Not straight to its name: half a record could be read as a whole one.
+    draft = target / f".{FILE}.new"
+    draft.write_text("# What lora-fused retrieve made this adapter of.\n" + text, "utf-8")
+    draft.replace(target / FILE)
+
+
+@contextlib.contextmanager
+def _without_record(path: Path) -> Iterator[None]:
+    """The old record goes first: a killed process must not leave it beside the new adapter."""
+    if not path.is_file():
+        yield
+        return
+    record, folder = path.read_bytes(), path.parent.stat().st_ino
+    path.unlink()
+    try:
+        yield
+    except BaseException:
+        # The old adapter, whose record this is, lies in the old folder.
+        if path.parent.is_dir() and path.parent.stat().st_ino == folder:
+            path.write_bytes(record)
+        raise
+
+
+def _shown(explained, hint: str) -> str:
+    text = str(explained)
+    for said in _HINTS:
+        text = text.replace(said, hint)
+    return text
 
 
 def _result(report) -> dict:

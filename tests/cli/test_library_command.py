@@ -1,6 +1,7 @@
 """lora-fused library: every verb on a tiny base with tiny adapters, and its one-line errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from support.tiny_library import (
 )
 
 from lora_fused.cli import library_add
-from lora_fused.cli.base_model import base_folder, load_base
+from lora_fused.cli.base_model import base_folder, load_base, read_rows, read_texts
 from lora_fused.cli.console import Reporter
 from lora_fused.library import AdapterLibrary
 from lora_fused.methods.rpe import make_prototypes
@@ -113,6 +114,30 @@ def test_search_finds_adapters_of_such_inputs(run, library, base, tmp_path):
     assert done.stdout.count("food") == 2
 
 
+@pytest.mark.parametrize("verb", ["list", "search", "atlas", "retrieve"])
+def test_a_filter_is_called_the_same_everywhere(run, library, base, tmp_path, verb):
+    page = tmp_path / "page.html"
+    asked = ("--text", "cat likes dog", "--model", base, "-q")
+    command = {
+        "list": ("library", "list", library),
+        "search": ("library", "search", library, *asked),
+        "atlas": ("library", "atlas", library, "-o", page, *asked),
+        "retrieve": ("retrieve", library, *asked),
+    }[verb]
+    told = said(run(*command, "--filter", "rank > 1", "--json"))
+    names = {
+        "list": lambda: [row["name"] for row in told],
+        "search": lambda: [row["name"] for row in told[0]["found"]],
+        "atlas": lambda: [name for name in ("cars", "food", "pets") if name in page.read_text()],
+        "retrieve": lambda: told["queries"][0]["adapters"],
+    }[verb]()
+    assert sorted(names) == ["cars", "food"]
+    fault(run(*command, "--filter", "colour = 3"), "filter", "colour")
+    fault(run(*command, "--where", "rank > 1"), "--where", code=2)
+    shown = run(*command[: command.index(library)], "--help").stdout
+    assert "--filter" in shown and "SQL" in shown
+
+
 def test_distances_are_those_to_the_prototypes(run, library, base):
     asked = ("--text", "cat likes dog", "--model", base, "--json", "-q")
     (answer,) = said(run("library", "search", library, *asked))
@@ -123,6 +148,14 @@ def test_distances_are_those_to_the_prototypes(run, library, base):
         assert row["distance"] == pytest.approx(float(truth[opened.names.index(row["name"])]))
 
 
+@pytest.mark.parametrize("text", ["array[/b] x", "[red]x", ":cat: x", "x \\"])
+def test_an_input_is_shown_as_it_is(run, library, base, text):
+    asked = ("--text", text, "--model", base, "-q")
+    for command in (("library", "search", library), ("retrieve", library)):
+        done = run(*command, *asked)
+        assert done.exit_code == 0 and text in done.stdout, done.output
+
+
 def test_add_tells_what_noise_does(run, empty, base, manifest):
     options = ("--manifest", manifest, "--model", base, "--per-adapter", 2, "--minimum", 3)
     done = run("library", "add", empty, *options, "--noise", 0.01, "--tag", "noisy")
@@ -130,6 +163,16 @@ def test_add_tells_what_noise_does(run, empty, base, manifest):
     assert "adding 3 adapters by 36 examples" in done.stderr
     told = said(run("library", "stats", empty, "--json"))
     assert told["prototypes"] > told["entries"] == told["tags"]["noisy"] == 3
+
+
+def test_noise_on_one_adapter_has_no_neighbours(run, empty, base, tmp_path):
+    save_adapter(tmp_path / "one", 5)
+    (tmp_path / "one.txt").write_text("\n".join(texts("pets")))
+    add = ("library", "add", empty, tmp_path / "one", "--examples", tmp_path / "one.txt")
+    told = said(run(*add, "--model", base, "--noise", 0.01, "--json", "-q"))
+    assert told["added"] == ["one"] and told["entries"] == 1
+    noise = told["noise"]
+    assert noise["spacing"] is None and noise["deviation"] == 0.01 and noise["moved"] > 0
 
 
 def test_add_refuses_few_examples_and_adds_nothing(run, empty, base, tmp_path):
@@ -147,6 +190,34 @@ def test_add_passes_over_names_only_when_told(run, library, base, manifest):
     fault(run(*add), "--skip-existing", "'pets'")
     told = said(run(*add, "--skip-existing", "--json"))
     assert told["added"] == [] and told["skipped"] == list(SUBJECTS) and told["entries"] == 3
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(owner, name) -> a list that grows with every call of that method."""
+
+    def count(owner, name):
+        made, held = [], getattr(owner, name)
+        get = held.fget if isinstance(held, property) else held
+
+        def counted(*args, **options):
+            made.append(args[1:])
+            return get(*args, **options)
+
+        replaced = property(counted) if isinstance(held, property) else counted
+        monkeypatch.setattr(owner, name, replaced)
+        return made
+
+    return count
+
+
+def test_the_catalogue_is_not_asked_for_each_name(run, library, base, manifest, calls):
+    names, entry = calls(AdapterLibrary, "names"), calls(AdapterLibrary, "entry")
+    add = ("library", "add", library, "--manifest", manifest, "--model", base, "-q")
+    assert run(*add, "--skip-existing").exit_code == 0 and len(names) == 1
+    several = [part for text in texts("pets", 9) for part in ("--text", text)]
+    found = said(run("library", "search", library, *several, "--per-input", *add[-3:], "--json"))
+    assert sum(len(one["found"]) for one in found) == 27 and len(entry) == 3
 
 
 def test_an_interrupted_add_keeps_what_was_added(run, empty, base, manifest, monkeypatch):
@@ -171,6 +242,12 @@ def test_an_interrupted_add_keeps_what_was_added(run, empty, base, manifest, mon
     assert said(run(*add, "--skip-existing", "--json", "-q"))["added"] == ["cars"]
 
 
+def test_help_of_add_shows_one_and_many(run):
+    shown = " ".join(run("library", "add", "--help").stdout.split())
+    assert "add LIB adapters/pets --examples pets.txt" in shown
+    assert "add LIB --manifest all.jsonl" in shown
+
+
 def test_another_base_is_refused(run, empty, manifest, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     add = ("library", "add", empty, "--manifest", manifest, "--model", other, "-q")
@@ -184,7 +261,7 @@ def test_another_base_is_refused(run, empty, manifest, tmp_path):
 def test_the_base_is_found_where_the_library_was_made(run, base, manifest, tmp_path):
     assert run("library", "create", tmp_path / "L", "--model", base, "-q").exit_code == 0
     add = ("library", "add", tmp_path / "L", "--manifest", manifest, "-q")
-    fault(run(*add), "tiny/base", "--any-base")
+    fault(run(*add), "tiny/base", "--any-base", "library create --base-name")
     assert run(*add, "--any-base").exit_code == 0
 
 
@@ -201,6 +278,9 @@ def test_remove_verify_compact_and_export(run, library, tmp_path):
         written = (out / "pets" / file).read_bytes()
         assert written == (tmp_path / "adapters" / "pets" / file).read_bytes()
     fault(run("library", "export", library, "pets", "-o", out), "exists", "--overwrite")
+    two = ("library", "export", library, "cars", "pets", "pets", "-o", tmp_path / "two")
+    fault(run(*two), "distinct names")
+    assert not (tmp_path / "two").exists()
 
 
 def test_verify_finds_damage(run, library):
@@ -223,6 +303,20 @@ def test_atlas_writes_a_page(run, library, base, tmp_path):
     assert run("library", "atlas", library, "-o", page).exit_code == 0  # no request, no model
     assert "What the request gets" not in page.read_text()
     fault(run("library", "atlas", library, "-o", tmp_path / "no" / "a.html"), "no such folder")
+
+
+def test_where_nothing_can_be_written_nothing_is_read(run, library, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdapterLibrary, "embed", lambda *_, **__: pytest.fail("embedded"))
+    (tmp_path / "file").touch()
+    outs = [tmp_path / "file" / "x", Path("/proc/x")]  # the second: on Linux, not even by root
+    for out in filter(lambda out: out.parent.exists(), outs):
+        for command in (
+            ("library", "export", library, "cars", "-o", out),
+            ("library", "atlas", library, "--text", "cat", "-o", out),
+            ("retrieve", library, "--text", "cat", "--apply", out),
+        ):
+            fault(run(*command, "-q"), str(out.parent))
+    assert not list(tmp_path.glob("file?*"))
 
 
 @pytest.mark.parametrize("line, words", [
@@ -257,6 +351,28 @@ def test_rejects(run, library, base, tmp_path):
     options = ("--inputs", tmp_path / "e.jsonl", "--model", base, "-q")
     fault(run(*asked[:3], *options), "--field", "'question'")
     fault(run("library", "add", library, "x"), "--examples and --manifest", "neither")
+
+
+SEPARATED = ["one\u2028text", "a\x0cform", "next\x85line", "last\x1cone", "old\rmac"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["newline", "both"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+def test_only_newlines_part_inputs(tmp_path, mark, end):
+    """Lines that fell apart would count as examples that there are not."""
+    (tmp_path / "a.txt").write_bytes((mark + end.join([*SEPARATED, "", " ", ""])).encode())
+    assert read_texts(tmp_path / "a.txt") == SEPARATED
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in SEPARATED]
+    (tmp_path / "a.jsonl").write_bytes((mark + end.join(rows) + end).encode())
+    assert read_texts(tmp_path / "a.jsonl") == SEPARATED
+
+
+def test_inputs_of_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    for read in (read_texts, read_rows):
+        with pytest.raises(ValueError, match=r"a\.jsonl.* must be text in UTF-8"):
+            read(path)
 
 
 def test_a_base_in_a_package_is_found(base, tmp_path, monkeypatch):

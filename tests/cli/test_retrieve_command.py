@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.tiny_library import BASE, SUBJECTS, fault, said, save_base, save_manifest, texts
 
-from lora_fused import read_adapter
+from lora_fused import io, read_adapter
 from lora_fused.cli import retrieve as command
 from lora_fused.cli.base_model import load_base
 from lora_fused.cli.console import Reporter
@@ -109,7 +109,16 @@ def test_warns_of_what_the_library_does_not_know(run, ask, library, queries, bas
         words = [part for text in texts(subject, 12, seed=9) for part in ("--text", text)]
         asked = ("retrieve", library, *words, "--model", base, "-q")
         assert said(run(*asked, "--json"))["queries"][0]["outside"] is outside
-        assert ("WARNING" in run(*asked).stdout) is outside
+        shown = run(*asked).stdout
+        assert ("WARNING" in shown) is outside and "reference=" not in shown
+        assert ("with --reference" in shown) is outside and "not judged" not in shown
+        # The same library, a single input: prototypes, which are means, cannot judge it.
+        for single in (("--text", texts(subject, 1)[0]), (*words, "--per-input")):
+            asked = ("retrieve", library, *single, "--model", base, "-q")
+            for one in said(run(*asked, "--json"))["queries"]:
+                assert one["outside"] is None and one["of"] == 0
+            shown = run(*asked).stdout
+            assert "WARNING" not in shown and "not judged: single inputs" in shown
 
 
 def test_each_input_may_have_its_own(ask, library, queries, inputs):
@@ -131,6 +140,8 @@ def test_inputs_are_judged_by_inputs(run, library, base, tmp_path):
     told = said(run("retrieve", library, *inputs, *judged))["queries"]
     assert [one["of"] for one in told] == [30] * 5
     assert [one["outside"] for one in told] == [False] * 4 + [True]
+    shown = run("retrieve", library, *inputs, *judged[:4], "-q").stdout
+    assert shown.count("WARNING") == 1 and "reference=" not in shown and "--ref" not in shown
 
 
 @pytest.mark.parametrize("options", [(), ("--type", "svd", "--rank", 2)], ids=["cat", "svd"])
@@ -158,6 +169,31 @@ def test_apply_writes_the_exact_merge(ask, library, tmp_path, options):
     assert ask("--apply", out, "--overwrite", "-q").exit_code == 0
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_no_record_lies_beside_another_adapter(ask, tmp_path, monkeypatch, when):
+    """Neither after an error, nor where the process is killed as write_adapter begins or ends."""
+    out, states = tmp_path / "out", []
+    assert ask("--weights", "nearest", "--apply", out, "-q").exit_code == 0
+    record, write = (out / command.FILE).read_bytes(), io.write_adapter
+
+    def watched(*args, **options):
+        if when == "between":
+            write(*args, **options)
+        states.append((out / command.FILE).exists())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(io, "write_adapter", watched)
+    fault(ask("--weights", "uniform", "--apply", out, "--overwrite", "-q"), "no space left")
+    assert states == [False]
+    assert (out / command.FILE).is_file() is (when == "before")
+    if when == "before":
+        assert (out / command.FILE).read_bytes() == record
+    monkeypatch.undo()
+    assert ask("--weights", "uniform", "--apply", out, "--overwrite", "-q").exit_code == 0
+    assert yaml.safe_load((out / command.FILE).read_text())["weights"] == "uniform"
+    assert not list(out.glob(".*"))
+
+
 def test_adapters_of_weight_zero_are_left_out(ask, tmp_path):
     told = said(ask("--weights", "nearest", "--apply", tmp_path / "one", "--json", "-q"))
     (query,) = told["queries"]
@@ -173,6 +209,7 @@ def test_large_libraries_are_asked_by_their_index(ask, monkeypatch):
     part = said(ask("--json", "-q"))
     for key in ("adapters", "weights", "distances"):
         assert part["queries"][0][key] == pytest.approx(whole["queries"][0][key])
+    assert "reference=" not in ask("-q").stdout, "the option is --reference"
 
 
 def test_rejects(run, ask, library, base, inputs, tmp_path):

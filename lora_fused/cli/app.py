@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from lora_fused import __version__
-from lora_fused.cli import adapters, demo, info, merge, similarity, subspace
+from lora_fused.cli import adapters, demo, info, merge, recycle, similarity, subspace
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 # What errors call an argument, and what it is called here.
@@ -92,3 +92,4 @@ app.command()(merge.merge)
 app.command()(similarity.similarity)
 app.command()(demo.demo)
 app.add_typer(subspace.app, name="subspace")
+app.add_typer(recycle.app, name="recycle")

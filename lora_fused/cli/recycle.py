@@ -30,7 +30,11 @@ _OP = "recycle"
 
 Model = Annotated[
     str,
-    typer.Option(metavar="PATH", help="A transformers folder of a vision model, or timm's name."),
+    typer.Option(
+        metavar="PATH",
+        help="A transformers folder of a vision model, or timm's name (timm finds the weights; "
+        "local-dir:PATH is a folder).",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]

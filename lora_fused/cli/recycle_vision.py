@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_fused.checks import invalid, shape
 
 _OP = "recycle"
-_FULL_CLIP = "CLIPVisionModelWithProjection"
 _SHORT = {
     "q": ("q", "q_proj", "query"),
     "k": ("k", "k_proj", "key"),
@@ -56,7 +55,11 @@ def attached(model: str | Vision, bank, device: str = "cpu") -> tuple:
     """The model, loaded if it is a name, and its handle; None where the bank holds no adapter."""
     from lora_fused.nn import attach
 
-    vision = load_vision(model, bank.modules, device) if isinstance(model, str) else model
+    if isinstance(model, str):
+        saved = {path.rpartition(".")[0] for tensors in bank.saved.values() for path in tensors}
+        vision = load_vision(model, {*bank.modules, *saved}, device)
+    else:
+        vision = model
     check_saved(bank, vision.head)
     handle = attach(vision.model, bank, saved_modules="ignore") if len(bank) else None
     return vision, handle
@@ -125,21 +128,21 @@ def _class_for(transformers, config, modules: set[str]) -> type:
     Adapters trained on ``ViTForImageClassification`` name modules ``vit.layers...``, those trained
     on ``ViTModel`` the same ones ``layers...``.
     """
-    kinds = [getattr(transformers, n, None) for n in config.architectures or ()]
-    if hasattr(config, "vision_config"):  # of both towers one is needed
-        kinds, config = [getattr(transformers, _FULL_CLIP)], config.vision_config
+    found = [(getattr(transformers, name, None), config) for name in config.architectures or ()]
+    if config.model_type == "clip":  # of both towers one is needed
+        found.append((transformers.CLIPVisionModelWithProjection, config.vision_config))
     for table in (transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.MODEL_MAPPING):
-        kinds.append(table.get(type(config), None))
-    kinds = [kind for kind in kinds if kind is not None]
-    if not kinds or getattr(kinds[0], "main_input_name", "") != "pixel_values":
+        found.append((table.get(type(config), None), config))
+    found = [one for one in found if getattr(one[0], "main_input_name", "") == "pixel_values"]
+    if not found:
         rule = "read images (ViT, CLIP, DINOv2, ...)"
         raise invalid(_OP, "model", rule, f"model_type {config.model_type!r}")
-    for kind in kinds:
+    for kind, own in found:
         with torch.device("meta"):
-            known = {name for name, _ in kind(config).named_modules()}
+            known = {name for name, _ in kind(own).named_modules()}
         if modules <= known:
             return kind
-    return kinds[0]  # attach says what it lacks
+    return found[0][0]  # attach says what it lacks
 
 
 def _features_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,7 +167,11 @@ def _timm(name: str, _: Iterable[str]) -> tuple:
     need("timm")
     import timm
 
-    model = timm.create_model(name, pretrained=True, num_classes=0)
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except (RuntimeError, OSError) as error:
+        rule = "be a folder that is there, or a model that timm can load"
+        raise invalid(_OP, f"model {name}", rule, str(error).splitlines()[0]) from error
     options = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**options, is_training=False)
     head = model.pretrained_cfg.get("classifier") or "head"

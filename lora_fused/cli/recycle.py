@@ -124,7 +124,7 @@ def invert(
     found = expand(paths)
     bank = load(found, reporter, any_base, allow_pickle)
     vision, handle = attached(model, bank, device)
-    tensors = heads_of(vision, bank, heads)
+    tensors = heads_of(vision, handle.bank, heads)
     with timed(reporter, f"inverting {len(tensors)} adapters, {steps} steps") as clock:
         pool = recycle.invert(
             handle,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid, shape
 
 _OP = "recycle"
@@ -61,6 +62,8 @@ def attached(model: str | Vision, bank, device: str = "cpu") -> tuple:
     else:
         vision = model
     check_saved(bank, vision.head)
+    names = own_names(vision.model, bank.modules)
+    bank = bank if names is None else renamed(bank, names)
     handle = attach(vision.model, bank, saved_modules="ignore") if len(bank) else None
     return vision, handle
 
@@ -139,10 +142,52 @@ def _class_for(transformers, config, modules: set[str]) -> type:
         raise invalid(_OP, "model", rule, f"model_type {config.model_type!r}")
     for kind, own in found:
         with torch.device("meta"):
-            known = {name for name, _ in kind(own).named_modules()}
-        if modules <= known:
+            model = kind(own)
+        if own_names(model, modules) is not None:
             return kind
     return found[0][0]  # attach says what it lacks
+
+
+def own_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str] | None:
+    """Adapters' module names -> the model's; None if it lacks some.
+
+    transformers 5 calls modules of ViT, CLIP and others differently than 4 did, and renames a
+    checkpoint's tensors as it loads them; what adapters call them goes by the same table.
+    """
+    known, modules = {name for name, _ in model.named_modules()}, list(modules)
+    for found in ({name: name for name in modules}, _todays(model, modules)):
+        if known >= set(found.values()):
+            return found
+    return None
+
+
+def _todays(model: nn.Module, modules: list[str]) -> dict[str, str]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # before transformers 5
+        return {name: name for name in modules}
+    plain = ("WeightRenaming", "PrefixChange")  # the others make new tensors of several
+    rules = get_model_conversion_mapping(model) if hasattr(model, "config") else []
+    found = {}
+    for name in modules:
+        key = f"{name}.weight"
+        for rule in rules:
+            if type(rule).__name__ in plain:
+                key, _ = rule.rename_source_key(key)
+        found[name] = key.removesuffix(".weight")
+    return found
+
+
+def renamed(bank: AdapterBank, names: dict[str, str]) -> AdapterBank:
+    """The same adapters with other module names; the bank itself where none differs."""
+    if all(old == new for old, new in names.items()):
+        return bank
+    made = AdapterBank()
+    adapters = [bank.adapter(name) for name in bank.names]
+    for adapter in adapters:
+        adapter.modules = {names[module]: part for module, part in adapter.modules.items()}
+    made.add_many(adapters)
+    return made
 
 
 def _features_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

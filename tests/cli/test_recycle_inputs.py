@@ -116,6 +116,32 @@ def test_the_class_is_the_one_that_has_the_adapters_modules(tmp_path):
     assert handle is not None and heads_of(vision, headed, None)["headed"][0].shape == (2, WIDTH)
 
 
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])
+def test_names_of_transformers_4_are_todays(kind, tmp_path):
+    model = vit(kind)
+    folder = save(model, tmp_path / "vit")
+    today = new_adapter(model, "one", rank=1, target_modules=["q_proj", "fc2"], seed=0)
+    for part in today.modules.values():
+        part.lora_b = torch.ones_like(part.lora_b)
+    write_adapter(today, tmp_path / "one")
+    once = {"layers.": "encoder.layer.", "attention.q_proj": "attention.attention.query"}
+    old, once["mlp.fc2"] = read_adapter(tmp_path / "one"), "output.dense"
+    for before, after in once.items():
+        old.modules = {name.replace(before, after): p for name, p in old.modules.items()}
+    old.metadata["config"]["target_modules"] = ["query", "output.dense"]
+    old.metadata["keys"], old.name = {}, "old"
+    write_adapter(old, tmp_path / "old")
+    assert any("encoder.layer.1.attention.attention.query" in name for name in old.modules)
+    x, found = torch.randn(2, 3, SIDE, SIDE), []
+    for name in ("one", "old"):
+        vision, handle = attached(folder, load_adapters(tmp_path / name))
+        with torch.no_grad(), handle.mix(name):
+            found.append(vision.features(x))
+    assert torch.equal(*found) and not torch.equal(found[0], vision.features(x))
+    mixed = load_adapters([tmp_path / "one", tmp_path / "old"])
+    assert attached(folder, mixed)[1].bank.modules == load_adapters(tmp_path / "one").modules
+
+
 def test_a_network_with_batchnorm_is_its_own_prior(run, tmp_path):
     torch.manual_seed(0)
     model = resnet()

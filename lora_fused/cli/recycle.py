@@ -219,9 +219,10 @@ def distil(
         )
     write_adapter(found.adapter, target, overwrite_ok=overwrite)
     record = {"command": "recycle distil", "model": model, "pool": pool, **options, **made}
-    result = _distilled_facts(found) | {"seconds": clock[0]}
+    result = {"for": type(vision.model).__name__, "targets": ", ".join(modules)}
+    result |= _distilled_facts(found) | {"seconds": clock[0]}
     write_record(target / "recycle.json", record | {"sparse_tokens": sparse_tokens}, result)
-    _tell({"path": output, "targets": ", ".join(modules), **result}, as_json)
+    _tell({"path": output, **result}, as_json)
 
 
 @app.command(name="eval")

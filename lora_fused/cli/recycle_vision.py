@@ -151,17 +151,23 @@ def _class_for(transformers, config, modules: set[str]) -> type:
 def own_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str] | None:
     """Adapters' module names -> the model's; None if it lacks some.
 
-    transformers 5 calls modules of ViT, CLIP and others differently than 4 did, and renames a
-    checkpoint's tensors as it loads them; what adapters call them goes by the same table.
+    transformers 5 calls modules of ViT, CLIP and others differently than 4 did, and with a head
+    there is a prefix before the same names. It renames a checkpoint's tensors as it loads them;
+    what adapters call them goes by the same rules.
     """
-    known, modules = {name for name, _ in model.named_modules()}, list(modules)
-    for found in ({name: name for name in modules}, _todays(model, modules)):
-        if known >= set(found.values()):
-            return found
-    return None
+    known, found = {name for name, _ in model.named_modules()}, {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, today in _todays(model, modules).items():
+        wanted = [one for own in (name, today) for one in (own, prefix + own)]
+        wanted += [own.removeprefix(prefix) for own in (name, today)]
+        fits = [one for one in wanted if one in known]
+        if not fits:
+            return None
+        found[name] = fits[0]
+    return found
 
 
-def _todays(model: nn.Module, modules: list[str]) -> dict[str, str]:
+def _todays(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:  # before transformers 5
@@ -185,7 +191,11 @@ def renamed(bank: AdapterBank, names: dict[str, str]) -> AdapterBank:
     made = AdapterBank()
     adapters = [bank.adapter(name) for name in bank.names]
     for adapter in adapters:
-        adapter.modules = {names[module]: part for module, part in adapter.modules.items()}
+        own = [names[module] for module in adapter.modules]
+        if len(set(own)) < len(own):
+            rule = "name each module of the model once"
+            raise invalid(_OP, f"adapter {adapter.name!r}", rule, sorted(adapter.modules)[:4])
+        adapter.modules = dict(zip(own, adapter.modules.values(), strict=True))
     made.add_many(adapters)
     return made
 

@@ -103,17 +103,24 @@ def pooled(name: str, features):
     return features[:, :, None, None] if name == "resnet" else features
 
 
-def test_the_class_is_the_one_that_has_the_adapters_modules(tmp_path):
-    folder = save(vit(), tmp_path / "vit")
-    bare = teacher(vit("ViTModel"), tmp_path / "bare")
-    for path, kind in ((None, "ViTForImageClassification"), (bare, "ViTModel")):
-        modules = [] if path is None else load_adapters(path).modules
-        assert type(load_vision(folder, modules).model).__name__ == kind
+def test_a_head_decides_the_class_and_a_prefix_nothing(tmp_path):
+    folder, found = save(vit("ViTModel"), tmp_path / "vit"), []
+    for kind in ("ViTModel", "ViTForImageClassification"):
+        one = new_adapter(vit(kind), kind, rank=1, target_modules=["v_proj"], seed=0)
+        for part in one.modules.values():
+            part.lora_b = torch.ones_like(part.lora_b)
+        write_adapter(one, tmp_path / "both" / kind)
+    vision, handle = attached(folder, load_adapters(tmp_path / "both"))
+    assert type(vision.model).__name__ == "ViTModel" and len(handle.bank.modules) == 2
+    for name in handle.bank.names:
+        with torch.no_grad(), handle.mix(name):
+            found.append(vision.features(torch.ones(1, 3, SIDE, SIDE)))
+    assert torch.equal(*found)
     both = save(clip("CLIPModel"), tmp_path / "clip")
     headed = load_adapters(teacher(clip("CLIPForImageClassification"), tmp_path / "headed"))
     vision, handle = attached(both, headed)
     assert type(vision.model).__name__ == "CLIPForImageClassification"
-    assert handle is not None and heads_of(vision, headed, None)["headed"][0].shape == (2, WIDTH)
+    assert heads_of(vision, handle.bank, None)["headed"][0].shape == (2, WIDTH)
 
 
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTModel"])

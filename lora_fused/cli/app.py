@@ -9,7 +9,17 @@ import typer
 import typer.core
 
 from lora_fused import __version__
-from lora_fused.cli import adapters, demo, info, library, merge, retrieve, similarity, subspace
+from lora_fused.cli import (
+    adapters,
+    demo,
+    info,
+    library,
+    merge,
+    recycle,
+    retrieve,
+    similarity,
+    subspace,
+)
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
 # What errors call an argument, and what it is called here.
@@ -94,3 +104,4 @@ app.command()(demo.demo)
 app.command()(retrieve.retrieve)
 app.add_typer(subspace.app, name="subspace")
 app.add_typer(library.app, name="library")
+app.add_typer(recycle.app, name="recycle")

@@ -35,10 +35,7 @@ class Checkpoint:
         Raises:
             ValueError: the file is damaged.
         """
-        if not self.path.exists():
-            return None
-        tensors, facts, _ = read_tensors(self.path, allow_pickle=False)
-        return {key: tensor.clone() for key, tensor in tensors.items()}, facts
+        return read_state(self.path, "Checkpoint")
 
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """Replace the file; a reader finds the old one or the new one, never a part."""
@@ -50,3 +47,11 @@ class Checkpoint:
             os.replace(fresh, self.path)
         finally:
             fresh.unlink(missing_ok=True)
+
+
+def read_state(path: Path, op: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What a ``Checkpoint`` wrote, for a reader whose errors begin with ``op``."""
+    if not path.exists():
+        return None
+    tensors, facts, _ = read_tensors(path, False, op)
+    return {key: tensor.clone() for key, tensor in tensors.items()}, facts

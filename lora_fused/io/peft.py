@@ -173,7 +173,7 @@ def _read_folder(folder: Path, file: Path, name: str, allow_pickle: bool) -> Ada
     config, where = _read_config(folder), str(folder / CONFIG)
     if not file.exists():
         raise FileNotFoundError(f"read_adapter: {folder} holds no {WEIGHTS} or {PICKLE}")
-    tensors, header, bound = read_tensors(file, allow_pickle)
+    tensors, header, bound = read_tensors(file, allow_pickle, "read_adapter")
     parts = parse_peft(list(tensors), str(file))
     metadata = {"path": str(folder), "layout": "peft", "config": config, "header": header}
 
@@ -211,7 +211,7 @@ def _some(names: list[str]) -> str:
 def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:
     if file.suffix not in (".safetensors", ".bin"):
         raise invalid("read_adapter", "path", "be a folder, .safetensors or .bin", str(file))
-    tensors, header, bound = read_tensors(file, allow_pickle)
+    tensors, header, bound = read_tensors(file, allow_pickle, "read_adapter")
     if "lora_adapter_metadata" in header:
         rule = "hold no lora_adapter_metadata (alpha in the header; save as a PEFT folder)"
         raise invalid("read_adapter", str(file), rule, "some")
@@ -248,7 +248,7 @@ def _read_config(folder: Path) -> dict:
         below = next(folder.glob(f"*/{CONFIG}"), None)
         hint = f"; there is one in {below.parent}" if below else ""
         raise FileNotFoundError(f"read_adapter: {folder} holds no {CONFIG}{hint}")
-    refuse_pointer(file)
+    refuse_pointer(file, "read_adapter")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -2,9 +2,10 @@
 
 import json
 import os
+from pathlib import Path
 
 from lora_fused.checks import invalid
-from lora_fused.io.checkpoint import Checkpoint
+from lora_fused.io.checkpoint import Checkpoint, read_state
 from lora_fused.methods.recycle.pool import Pool
 
 _KIND = "lora_fused.pool"
@@ -28,7 +29,7 @@ def load_pool(path: str | os.PathLike) -> Pool:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else.
     """
-    found = Checkpoint(path).read()
+    found = read_state(Path(path), "load_pool")
     if found is None:
         raise FileNotFoundError(f"load_pool: no such file: {path}")
     tensors, header = found

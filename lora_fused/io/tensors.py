@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_fused.checks import invalid
-from lora_fused.io.keys import name_fault
 
 _CHECKSUM = "lora_fused.checksum"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,29 +20,30 @@ _DTYPES = {
 }
 
 
-def read_tensors(file: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict, float]:
-    """The tensors, the header's metadata, and a bound on all magnitudes."""
-    refuse_pointer(file)
+def read_tensors(file: Path, allow_pickle: bool, op: str) -> tuple[dict[str, Tensor], dict, float]:
+    """The tensors, the header's metadata, and a bound on all magnitudes; errors begin with op."""
+    refuse_pointer(file, op)
     if file.suffix == ".bin":
-        return _read_pickle(file, allow_pickle), {}, torch.inf
-    return _read_safetensors(file)
+        return _read_pickle(file, allow_pickle, op), {}, torch.inf
+    return _read_safetensors(file, op)
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict, float]:
+def _read_safetensors(file: Path, op: str) -> tuple[dict[str, Tensor], dict, float]:
     try:
         with safe_open(file, "pt"):
             pass  # it has checked the header, the offsets and the file's length
     except SafetensorError as error:
-        raise invalid("read_adapter", str(file), "be a whole safetensors file", error) from error
+        raise invalid(op, str(file), "be a whole safetensors file", error) from error
     table, section = _map(file)
     header = table.pop("__metadata__", None) or {}
     if _CHECKSUM in header and header[_CHECKSUM] != _checksum(section):
-        raise invalid("read_adapter", str(file), "match its checksum", "other bytes than written")
+        raise invalid(op, str(file), "match its checksum", "other bytes than written")
     tensors = {}
     for key, entry in table.items():
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise name_fault(key, file, f"be one of {', '.join(_DTYPES)}", entry["dtype"])
+            rule = f"be one of {', '.join(_DTYPES)}"
+            raise invalid(op, f"tensor {key!r} in {file}", rule, entry["dtype"])
         flat = section[slice(*entry["data_offsets"])]
         flat = flat.clone() if flat.storage_offset() % dtype.itemsize else flat
         tensors[key] = flat.view(dtype).view(entry["shape"])
@@ -66,25 +66,25 @@ def _map(file: Path) -> tuple[dict, Tensor]:
     return table, section.clone() if length % 8 else section
 
 
-def _read_pickle(file: Path, allow_pickle: bool) -> dict[str, Tensor]:
+def _read_pickle(file: Path, allow_pickle: bool, op: str) -> dict[str, Tensor]:
     if not allow_pickle:
         rule = "be safetensors, or allow_pickle=True be given (torch.load with weights_only=True)"
-        raise invalid("read_adapter", str(file), rule, "a pickle")
+        raise invalid(op, str(file), rule, "a pickle")
     try:
         tensors = torch.load(file, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise invalid("read_adapter", str(file), "be a pickle of tensors alone", reason) from error
+        raise invalid(op, str(file), "be a pickle of tensors alone", reason) from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-        raise invalid("read_adapter", str(file), "hold a dict of tensors", "something else")
+        raise invalid(op, str(file), "hold a dict of tensors", "something else")
     return tensors
 
 
-def refuse_pointer(file: Path) -> None:
+def refuse_pointer(file: Path, op: str) -> None:
     """Refuse what git leaves in place of a large file that was not fetched."""
     with file.open("rb") as stream:
         if stream.read(23) == b"version https://git-lfs":
-            raise invalid("read_adapter", str(file), "be the file itself", "a Git LFS pointer")
+            raise invalid(op, str(file), "be the file itself", "a Git LFS pointer")
 
 
 def _bound(section: Tensor, tensors: dict[str, Tensor]) -> float:

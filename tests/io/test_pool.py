@@ -62,10 +62,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="must match its checksum"):
+    with pytest.raises(ValueError, match=r"^load_pool: .*pool.* must match its checksum"):
         load_pool(path)
     path.write_bytes(content[:-8])
-    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"^load_pool: .* must be a whole safetensors file"):
+        load_pool(path)
+    with pytest.raises(ValueError, match=r"^Checkpoint: .* must be a whole safetensors file"):
+        Checkpoint(path).read()
+    path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"^load_pool: .* must be the file itself, got a Git LFS"):
         load_pool(path)
     Checkpoint(path).write({"x": torch.zeros(2)}, {})
     with pytest.raises(ValueError, match="must hold a pool"):

@@ -54,18 +54,36 @@ class PackedStore:
     """Records of adapters in a folder. One process writes at a time, any number read."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path, self.identity = Path(path), None
         self._load()
 
     @classmethod
-    def create(cls, path: str | os.PathLike, identity: str) -> "PackedStore":
-        """Make an empty store; ``identity`` ties it to a catalogue. Call it within ``locked``."""
+    def create(
+        cls, path: str | os.PathLike, identity: str, *, abandoned: bool = False
+    ) -> "PackedStore":
+        """Make an empty store; ``identity`` ties it to a catalogue. Call it within ``locked``.
+
+        Args:
+            abandoned: An empty store that is there has no catalogue, and may be replaced.
+
+        Raises:
+            FileExistsError: there are records, or a store that another catalogue may name.
+        """
         path = Path(path)
         if any(path.glob("*/index")):
             raise FileExistsError(f"{OP}: {path} holds records already")
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or half of one
+            known = cls(path).identity
+            if known != identity and not abandoned:
+                message = f"{OP}: {path} holds the store {known} already, of another library"
+                raise FileExistsError(message)
         (path / "0").mkdir(exist_ok=True)
         _put_header(path, identity, 0)
         return cls(path)
+
+    def abandon(self) -> None:
+        """Take back ``create``, where no catalogue came of it."""
+        (self.path / HEADER).unlink(missing_ok=True)
 
     def _load(self) -> None:
         file = self.path / HEADER
@@ -74,11 +92,15 @@ class PackedStore:
         try:
             header = json.loads(file.read_text(encoding="utf-8"))
             known = header["format"], header["format_version"]
-            self.identity, self.generation = str(header["id"]), int(header["generation"])
+            identity, generation = str(header["id"]), int(header["generation"])
         except (ValueError, KeyError, TypeError) as error:
             raise invalid(OP, str(file), "be the header of a store", repr(error)) from error
         if known != (FORMAT, VERSION):
             raise invalid(OP, f"format in {file}", f"be {FORMAT} {VERSION}", known)
+        if self.identity not in (None, identity):
+            rule = f"be the store {self.identity} that was opened"
+            raise invalid(OP, str(self.path), rule, f"another, {identity}")
+        self.identity, self.generation = identity, generation
         self._folder = self.path / str(self.generation)
         self._maps: dict[str, Tensor] = {}
 

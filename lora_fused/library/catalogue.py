@@ -284,7 +284,12 @@ async def _connected(uri: str, options: Mapping[str, str] | None):
 
 async def _created(uri: str, schema, options: Mapping[str, str] | None):
     connection = await _connected(uri, options)
-    return await connection.create_table(_TABLE, schema=schema, mode="create")
+    try:
+        return await connection.create_table(_TABLE, schema=schema, mode="create")
+    except ValueError as error:
+        if "already exists" not in str(error):
+            raise
+        raise FileExistsError(f"{OP}: {uri} holds a library already") from error
 
 
 def _opened(uri: str, options: Mapping[str, str] | None):

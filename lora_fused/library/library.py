@@ -6,6 +6,7 @@ import datetime
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class AdapterLibrary(LibraryReader):
             storage_options: See ``open``.
 
         Raises:
-            FileExistsError: there is one.
+            FileExistsError: there is one, or ``store`` is another library's.
             ValueError: a wrong argument. RuntimeError: LanceDB is not installed.
         """
         uri, store = places(uri, store)
@@ -112,9 +113,15 @@ class AdapterLibrary(LibraryReader):
         if Catalogue.exists(uri, storage_options):
             raise FileExistsError(f"{OP}: {uri} holds a library already")
         with locked(store):
+            if Catalogue.exists(uri, storage_options):  # another was faster
+                raise FileExistsError(f"{OP}: {uri} holds a library already")
             # The catalogue last: without one there is no library, and create may be called again.
-            packed = PackedStore.create(store, space.id)
-            return cls(Catalogue.create(uri, space, storage_options), packed)
+            packed = PackedStore.create(store, space.id, abandoned=Path(uri) in store.parents)
+            try:
+                return cls(Catalogue.create(uri, space, storage_options), packed)
+            except BaseException:
+                packed.abandon()
+                raise
 
     def add(
         self,

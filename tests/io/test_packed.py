@@ -301,6 +301,17 @@ def test_headers_are_checked(store, text, said):
         PackedStore(store.path)
 
 
+def test_a_store_of_another_library_is_refused(store):
+    """An empty one too, but where it is known that no library has it."""
+    with pytest.raises(FileExistsError, match="holds the store identity already"):
+        PackedStore.create(store.path, "another")
+    assert PackedStore(store.path).identity == "identity"
+    assert PackedStore.create(store.path, "another", abandoned=True).identity == "another"
+    refused = pytest.raises(ValueError, match="be the store identity that was opened, got another")
+    with refused, store.writing():
+        pass
+
+
 def test_there_must_be_a_store(tmp_path, filled):
     with pytest.raises(FileNotFoundError, match=r"holds no store\.json"):
         PackedStore(tmp_path)

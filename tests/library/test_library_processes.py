@@ -11,6 +11,7 @@ from support.models import adapter
 
 from lora_fused.io.packed import locked
 from lora_fused.library import AdapterLibrary
+from lora_fused.library.catalogue import Catalogue
 
 PROCESSES = 3
 
@@ -121,6 +122,40 @@ def test_one_of_two_writers_of_a_name_is_refused(library, processes):
     library.refresh()
     winner = adapter("same", seed=said.index("added")).modules["up"]
     assert torch.equal(library.adapter("same").modules["up"].lora_a, winner.lora_a)
+
+
+def create_one(uri: str, number: int, queue) -> None:
+    try:
+        AdapterLibrary.create(uri, base="0" * 64, size=6 + number)
+    except FileExistsError as error:
+        queue.put((number, str(error)))
+    else:
+        queue.put((number, "made"))
+
+
+def test_one_of_several_creators_wins(tmp_path, processes):
+    for turn in range(4):
+        uri = str(tmp_path / str(turn))
+        said = in_processes(processes, create_one, uri)
+        assert said.count("made") == 1, said
+        assert all(text == "made" or "a library already" in text for text in said)
+        library = AdapterLibrary.open(uri)
+        assert library.space.size == 6 + said.index("made")
+        library.add(adapter("a", seed=1), torch.zeros(library.space.size), counts=10)
+
+
+def test_a_creator_that_comes_late_changes_nothing(tmp_path, monkeypatch):
+    """Asked before and after the lock was waited for; then by the engine itself."""
+    make = AdapterLibrary.create
+    library = make(tmp_path / "l", base="0" * 64, size=6)
+    for answers, store in (([False, True], None), ([False, False], tmp_path / "own")):
+        turn = iter(answers)
+        monkeypatch.setattr(Catalogue, "exists", lambda *_, turn=turn: next(turn))
+        with pytest.raises(FileExistsError, match="holds a library already"):
+            make(tmp_path / "l", base="0" * 64, size=6, store=store)
+    assert not (tmp_path / "own" / "store.json").exists()
+    library.add(adapter("a", seed=1), torch.zeros(6), counts=10)
+    assert AdapterLibrary.open(library.uri).names == ["a"]
 
 
 def test_a_writer_waits_and_gives_up(library, tmp_path):

@@ -202,6 +202,10 @@ def test_places(library, tmp_path, base):
     other = AdapterLibrary.create(tmp_path / "other", base=base, size=6)
     with pytest.raises(ValueError, match="got another library's"):
         AdapterLibrary.open(other.uri, store=tmp_path / "library" / "weights")
+    with pytest.raises(FileExistsError, match="of another library"):
+        weights = tmp_path / "other" / "weights"
+        AdapterLibrary.create(tmp_path / "third", base=base, size=6, store=weights)
+    other.add(adapter("a", 1), Z, counts=10)
     with pytest.raises(FileNotFoundError, match=r"holds no store\.json"):
         AdapterLibrary.open(library.uri, store=tmp_path / "elsewhere")
     for options, said in (

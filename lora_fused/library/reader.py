@@ -184,8 +184,9 @@ class LibraryReader:
         """``rpe.retrieve`` among the entries that a search finds: for ``rpe.weigh`` and the rest.
 
         The same adapters and distances (float64) as from all prototypes, where the search finds
-        the nearest entries. ``prototypes`` of the result are those of the found entries alone: for
-        ``rpe.explain`` give a reference, or use ``rpe.retrieve(queries, library.prototypes())``.
+        the nearest entries. ``prototypes`` of the result are those of the found entries alone, and
+        it is marked as ``narrowed``: ``rpe.explain`` warns of nothing then, unless it is given a
+        reference. Or use ``rpe.retrieve(queries, library.prototypes())``.
 
         Args: see ``search``.
         """
@@ -193,7 +194,7 @@ class LibraryReader:
         names = sorted({name for hit in hits for name in hit.names})
         if not names:
             raise invalid(OP, "filter and tags", "leave some entries", "none")
-        return retrieve(queries, self.prototypes(names), k=k)
+        return dataclasses.replace(retrieve(queries, self.prototypes(names), k=k), narrowed=True)
 
     def prototypes(self, names: Sequence[str] | None = None) -> Prototypes:
         """Prototypes of these entries, in this order; of all, by name, without."""

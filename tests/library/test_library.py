@@ -118,6 +118,22 @@ def test_retrieve_is_that_of_all_prototypes(empty, make, per_adapter):
     assert ours.adapters == theirs.adapters and torch.equal(ours.weights, theirs.weights)
 
 
+def test_a_part_of_a_library_warns_of_nothing(empty, make):
+    """Known single inputs look strange beside a few prototypes; against others they do not."""
+    adapters, prototypes = make(40)
+    empty.add_many(adapters, prototypes, progress=False)
+    generator = torch.Generator().manual_seed(1)
+    near = prototypes.vectors.repeat(2, 1)
+    inputs, others = near + torch.randn(2, 80, 6, generator=generator)
+    chosen = rpe.weigh(empty.retrieve(inputs, k=3).take(slice(0, 80)), "l1")
+    assert {(one.outside, one.of) for one in rpe.explain(chosen)} == {(None, 0)}
+    assert "give reference=" in str(rpe.explain(chosen)[0])
+    warned = [one.outside for one in rpe.explain(chosen, reference=others)]
+    assert set(warned) == {True, False} and sum(warned) < 12
+    whole = rpe.weigh(rpe.retrieve(inputs, empty.prototypes(), k=3), "l1")
+    assert None not in {one.outside for one in rpe.explain(whole)}
+
+
 def test_filters_and_tags_narrow(library):
     assert library.search(QUERIES[0], k=12, tags=["even"])[0].names
     even = {f"a{i:04}" for i in range(0, 12, 2)}

@@ -102,7 +102,7 @@ class PackedStore:
             raise invalid(OP, str(self.path), rule, f"another, {identity}")
         self.identity, self.generation = identity, generation
         self._folder = self.path / str(self.generation)
-        self._maps: dict[str, Tensor] = {}
+        self._maps: dict[str, _Map] = {}
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -227,15 +227,16 @@ class PackedStore:
 
     def _take(self, file: str, offset: int, size: int) -> Tensor:
         """Bytes of a mapped file; every read goes through here."""
+        path = self._folder / file
         held = self._maps.get(file)
-        if held is None or offset + size > len(held):
-            path = self._folder / file
-            length = path.stat().st_size
-            if offset < 0 or size < 0 or offset + size > length:
-                got = f"{size} bytes at {offset} of {length}"
-                raise invalid(OP, str(path), "hold what its records name", got)
-            held = self._maps[file] = _mapped(path, length)
-        return held[offset : offset + size]
+        if held is None or offset + size > held.length:
+            held = self._maps[file] = _Map(path)
+        # Reading a page that has lost its file kills the process, so its length is asked again.
+        length = min(held.length, held.left())
+        if offset < 0 or size < 0 or offset + size > length:
+            got = f"{size} bytes at {offset} of {length}"
+            raise invalid(OP, str(path), "hold what its records name", got)
+        return held.bytes[offset : offset + size]
 
 
 @contextlib.contextmanager
@@ -271,12 +272,21 @@ def locked(path: str | os.PathLike, wait: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _mapped(path: Path, length: int) -> Tensor:
-    if not length:
-        return torch.zeros(0, dtype=torch.uint8)
-    with path.open("rb") as file:
+class _Map:
+    """A file's bytes as they were when it was mapped; a file that is gone keeps them."""
+
+    def __init__(self, path: Path):
         flags = {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-        return torch.frombuffer(mmap.mmap(file.fileno(), length, **flags), dtype=torch.uint8)
+        self.bytes, self._map = torch.zeros(0, dtype=torch.uint8), None
+        with path.open("rb") as file:
+            self.length = os.fstat(file.fileno()).st_size
+            if self.length:
+                self._map = mmap.mmap(file.fileno(), self.length, **flags)
+                self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def left(self) -> int:
+        """The file's length now: who cuts it takes the pages away."""
+        return self._map.size() if self._map is not None else 0
 
 
 def _put_header(path: Path, identity: str, generation: int) -> None:

@@ -4,10 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
+from support import ROOT
 
 from lora_fused import Adapter, LoraFactors
 from lora_fused.io.packed import PackedStore, locked
@@ -194,6 +197,38 @@ def test_missing_parts_are_named(filled):
         PackedStore(store.path).read(3, records[3].sha256)
     with pytest.raises(ValueError, match=r"index must hold what its records name"):
         PackedStore(store.path).read(99)
+
+
+@pytest.mark.parametrize("name", ["12x8-float32", "saved", "texts", "index"])
+def test_a_file_cut_while_it_is_mapped_is_named(tmp_path, name):
+    """Reading its lost pages would kill the process, so another one tries."""
+    code = f"""
+        import os, torch
+        from pathlib import Path
+        from lora_fused import Adapter, LoraFactors
+        from lora_fused.io.packed import PackedStore, locked
+        path = Path({str(tmp_path)!r})
+        with locked(path):
+            store = PackedStore.create(path, "i")
+        saved = {{"head": torch.arange(70000)}}
+        part = LoraFactors(torch.ones(9000, 12), torch.ones(9000, 8), 1.0)
+        metadata = {{"noise": torch.randn(30000).tolist()}}
+        with store.writing():
+            records = store.append([Adapter("a", {{"up": part}}, saved, metadata)])
+        number, known = 0, records[0].sha256
+        reader = PackedStore(path)
+        assert reader.read(number, known).name == "a"
+        os.truncate(path / "0" / {name!r}, 0)
+        try:
+            reader.read(number, known)
+        except ValueError as error:
+            print(error)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{name} must hold what its records name, got" in done.stdout
 
 
 def test_texts_cannot_lead_elsewhere(filled, monkeypatch):

@@ -174,12 +174,13 @@ class Catalogue:
                 return list(first)[:k], list(first.values())[:k]
             limit *= 4
 
-    def faults(self) -> list[tuple[str, str]]:
-        """Names whose vectors are not as they were written."""
-        return _run(self._faults())
+    def faults(self, name: str | None = None) -> list[tuple[str, str]]:
+        """Names whose vectors are not as they were written; of one entry or of all."""
+        return _run(self._faults(name))
 
-    async def _faults(self) -> list[tuple[str, str]]:
+    async def _faults(self, name: str | None) -> list[tuple[str, str]]:
         search, found = self._table.query().select(["name", "prototype", "crc", "vector"]), []
+        search = search if name is None else search.where(_named([name]))
         async for batch in await search.to_batches():
             vectors = _tensor([batch["vector"]], self.space.size)
             finite = vectors.isfinite().all(1).tolist()

@@ -228,6 +228,8 @@ class AdapterLibrary(LibraryReader):
         """Change an entry in one commit: readers see the old one or the new one, whole.
 
         Args: see ``add``; what is not given stays.
+
+        Raises: see ``add``. ValueError: also for prototypes that stay and are damaged.
         """
         change: dict = {}
         if adapter is not None:
@@ -247,6 +249,10 @@ class AdapterLibrary(LibraryReader):
             entry = self.entry(name)
             if prototypes is None:
                 vectors = self._catalogue.vectors([name])[1]
+                damage = self._catalogue.faults(name)
+                if damage:  # written again it would have a checksum that fits
+                    rule = "be as written (or given anew)"
+                    raise invalid(OP, f"prototypes of {name!r}", rule, damage[0][1])
             if adapter is not None:
                 record = self._append([adapter])[0]
                 facts = record._asdict()

@@ -133,6 +133,12 @@ def test_verify_names_vectors_that_changed(library):
     changed = AdapterLibrary.open(library.uri)
     assert not torch.equal(changed.prototypes().vectors, vectors)
     assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
+    with pytest.raises(ValueError, match="prototypes of 'a0003' must be as written .* prototype 0"):
+        changed.update("a0003", tags=["new"])
+    assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
+    changed.update("a0002", tags=["new"])
+    changed.update("a0003", prototypes=vectors[3], counts=20)
+    assert changed.verify(progress=False) == []
 
 
 def test_verify_tells_how_far_it_is(library):

@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from lora_fused.adapters import Adapter, LoraFactors
 from lora_fused.checks import invalid
 from lora_fused.io.packed_records import (
+    ALIGNED,
     OP,
     SLOT,
     Record,
@@ -121,9 +122,7 @@ class PackedStore:
         Raises:
             ValueError: factors of a dtype that files do not hold; metadata that JSON does not.
         """
-        index = self._folder / "index"
-        size = index.stat().st_size if index.exists() else 0
-        first = -(-size // SLOT)
+        first = -(-self._length("index") // SLOT)
         if after >= first:
             rule = f"hold record {after}, which the catalogue names"
             raise invalid(OP, str(self.path), rule, f"{first} records: an older copy?")
@@ -153,24 +152,64 @@ class PackedStore:
         """Keep these records alone, number -> sha256; call it within ``writing``.
 
         They are copied to a new generation that takes the old one's place at once. Who has the
-        old files mapped goes on reading them. Where all records are live nothing is copied.
+        old files mapped goes on reading them. Where files hold nothing else nothing is copied.
         """
-        if self._numbers() == live.keys():
+        self._clear()
+        if self._numbers() == live.keys() and not self._garbage(live):
             return
         fresh = self.path / str(self.generation + 1)
-        self._clear()
         fresh.mkdir()
         numbers = sorted(live)
         for i in range(0, len(numbers), 64):
             part = numbers[i : i + 64]
             write_records(fresh, part, [self.read(n, live[n]) for n in part])
+        # As long as before, so that no number comes twice: a reader may know it from before.
+        with open(fresh / "index", "ab") as file:
+            file.truncate(-(-self._length("index") // SLOT) * SLOT)
+            to_disk(file)
+        path_to_disk(fresh)
         _put_header(self.path, self.identity, self.generation + 1)
         self._load()
         self._clear()
 
     def size(self) -> int:
-        """Bytes on disk, garbage included."""
-        return sum(f.stat().st_size for f in self._folder.iterdir())
+        """Bytes on disk of all generations, garbage included."""
+        total = 0
+        for file in self.path.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # compacted meanwhile
+                total += file.stat().st_size if _GENERATION.fullmatch(file.parent.name) else 0
+        return total
+
+    def _length(self, file: str) -> int:
+        path = self._folder / file
+        return path.stat().st_size if path.exists() else 0
+
+    def _garbage(self, live: Iterable[int]) -> bool:
+        """Whether files hold what no live record names, such as a killed writer's."""
+        named: dict[str, list[tuple[int, int]]] = {"index": [(0, self._length("index"))]}
+        for number in live:
+            for file, at, size in self._places(number):
+                named.setdefault(file, []).append((at, size))
+        for path in self._folder.iterdir():
+            end = 0
+            for at, size in sorted(named.get(path.name, [])):
+                if at - end >= ALIGNED:  # less is what aligns the next
+                    return True
+                end = max(end, at + size)
+            if path.stat().st_size > end:
+                return True
+        return False
+
+    def _places(self, number: int) -> Iterator[tuple[str, int, int]]:
+        """File, offset and size of all that a record names."""
+        slot = bytes_of(self._take("index", number * SLOT, SLOT))
+        yield "texts", *(int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
+        text = self._text(number, f"record {number} in {self._folder}")
+        for file, at, rank, _ in text["modules"].values():
+            i, o, kind = _FILE.fullmatch(file).group(2, 3, 4)
+            yield file, at, rank * (int(i) + int(o)) * getattr(torch, kind).itemsize
+        for at, kind, sizes in text["saved"].values():
+            yield "saved", at, torch.Size(sizes).numel() * getattr(torch, kind).itemsize
 
     def _numbers(self) -> set[int]:
         """Of all records, live or not."""

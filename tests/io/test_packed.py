@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -307,6 +308,48 @@ def test_compaction_without_garbage_copies_nothing(filled):
         assert store.generation == 1
         store.compact({r.number: r.sha256 for r in records[1:]})
     assert store.generation == 1 and store.read(5).name == "a5"
+
+
+def test_compaction_gives_back_what_killed_writers_left(filled):
+    """Where every record is live, too: torn ends, and a generation that was never finished."""
+    store, records, adapters = filled
+    live, size = {r.number: r.sha256 for r in records}, store.size()
+    shutil.copytree(store.path / "0", store.path / "1")
+    assert store.size() == 2 * size
+    with store.writing():
+        store.compact(live)
+    assert store.size() == size and store.generation == 0
+    for turn, name in enumerate(("8x12-float32", "texts", "saved", "4x4-float32"), 1):
+        with open(file_of(store, name), "ab") as file:
+            file.write(b"x" * 100)
+        with store.writing():
+            if turn == 1:  # it lies in the middle
+                (late,) = store.append([adapters[0]])
+                live[late.number] = late.sha256
+            store.compact(live)
+        assert store.generation == turn, name
+        with store.writing():
+            store.compact(live)
+        assert store.generation == turn, "nothing is left"
+    assert_same(PackedStore(store.path).read(3, live[3]), adapters[3])
+
+
+def test_a_number_comes_once(filled):
+    """A reader that knows the last record is not given another in its place."""
+    store, records, adapters = filled
+    with store.writing():
+        store.compact({r.number: r.sha256 for r in records[:4]})
+    assert PackedStore(store.path).size() == store.size()
+    with store.writing():
+        (late,) = store.append([adapters[0]])
+    assert late.number == 9
+    with pytest.raises(ValueError, match="removed or replaced"):
+        PackedStore(store.path).read(8, records[8].sha256)
+    with store.writing():
+        store.compact({})
+        (later,) = store.append([adapters[1]])
+    assert later.number == 10
+    assert_same(PackedStore(store.path).read(10, later.sha256), adapters[1])
 
 
 def test_compaction_refuses_damage(filled):

@@ -203,7 +203,10 @@ def test_compaction_keeps_readers_alive(library):
         assert one.load(["a0002"]).names == ["a0002"], "records keep their numbers"
     with pytest.raises(ValueError, match=r"got none \(removed or replaced, and compacted: refresh"):
         late.load(["a0003"])
+    for one in (reader, late):
+        assert one.stats().disk == library.stats().disk
     late.refresh()
+    assert late.stats().disk == library.stats().disk
     assert "a0003" not in late and late.verify(progress=False) == []
 
 

@@ -283,7 +283,7 @@ class AdapterLibrary(LibraryReader):
         """
         with self._writing():
             self._catalogue.optimize(None)
-        return self._catalogue.index()
+            return self._catalogue.index()
 
     def compact(self, *, keep: datetime.timedelta = datetime.timedelta(days=1)) -> None:
         """Give back the room of removed and replaced entries, and join small files.

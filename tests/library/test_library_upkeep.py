@@ -8,6 +8,7 @@ import torch
 from support.models import adapter, tokens
 
 from lora_fused import Adapter, AdapterBank, LoraFactors
+from lora_fused.io.packed import locked
 from lora_fused.library import AdapterLibrary
 from lora_fused.methods import rpe
 
@@ -90,7 +91,18 @@ def test_new_entries_are_found_before_the_next_index(crowded):
     assert library.search(place, k=1)[0].names != ["late"]
 
 
-def test_small_libraries_have_no_index(library):
+def test_small_libraries_have_no_index(library, monkeypatch):
+    from lora_fused.library.catalogue import Catalogue
+
+    build = Catalogue.index
+
+    def alone(self) -> bool:
+        with pytest.raises(RuntimeError, match="got another writer"), locked(weights, wait=0.05):
+            pass
+        return build(self)
+
+    weights = Path(library.uri, "weights")
+    monkeypatch.setattr(Catalogue, "index", alone)
     assert library.index() is False and library.stats().indexed == 0
     assert len(library.search(torch.zeros(6), k=12)[0].names) == 12
 

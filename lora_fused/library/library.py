@@ -182,7 +182,7 @@ class AdapterLibrary(LibraryReader):
             prototypes: Of all of them.
             tags: For all; or a dict of name to tags.
             metadata: A dict of name to metadata.
-            existing: ``"skip"``: pass over names that have an entry.
+            existing: ``"skip"``: pass over names that have an entry, or get one meanwhile.
             batch: Adapters per commit.
             minimum, any_base: See ``add``.
             progress: True: a line on stderr where that is a terminal; or called as
@@ -205,13 +205,15 @@ class AdapterLibrary(LibraryReader):
         if held and existing == "error":
             raise _taken(held)
         names = [name for name in given if name not in held]
+        added = []
         for first in range(0, len(names), batch):
             part = names[first : first + batch]
             read = [self._adapter_of(given[name], name, any_base) for name in part]
-            self._commit(read, made, told, facts)
+            new = self._commit(read, made, told, facts, skip=existing == "skip")
+            added += [entry.name for entry in new]
             done = first + len(part)
             show(progress, done, len(names), f"added {done} of {len(names)}")
-        return names
+        return added
 
     def update(
         self,
@@ -311,14 +313,19 @@ class AdapterLibrary(LibraryReader):
     def _append(self, adapters: Sequence[Adapter]) -> list[Record]:
         return self._store.append(adapters, after=self._catalogue.last_record())
 
-    def _commit(self, adapters: Sequence[Adapter], made, tags, metadata) -> list[Entry]:
-        """Weights first, to disk; then the rows, in one commit."""
+    def _commit(
+        self, adapters: Sequence[Adapter], made, tags, metadata, skip: bool = False
+    ) -> list[Entry]:
+        """Weights first, to disk; then the rows, in one commit; ``skip`` names that are taken."""
         AdapterBank().add_many(adapters)  # refuses what no bank could hold
-        names = [adapter.name for adapter in adapters]
         with self._writing():
-            taken = self._catalogue.held(names)
-            if taken:
+            taken = self._catalogue.held([adapter.name for adapter in adapters])
+            if taken and not skip:
                 raise _taken(taken)
+            adapters = [adapter for adapter in adapters if adapter.name not in taken]
+            if not adapters:
+                return []
+            names = [adapter.name for adapter in adapters]
             records, now = self._append(adapters), _now()
             new = [
                 Entry(

@@ -158,6 +158,22 @@ def test_a_creator_that_comes_late_changes_nothing(tmp_path, monkeypatch):
     assert AdapterLibrary.open(library.uri).names == ["a"]
 
 
+def test_names_that_others_add_meanwhile_can_be_skipped(empty, make):
+    adapters, prototypes = make(6)
+
+    def interfere(done, total) -> None:
+        if done == 2:
+            for name in ("a0002", "a0004", "a0005"):
+                AdapterLibrary.open(empty.uri).add(adapter(name, 99), torch.zeros(6), counts=10)
+
+    options = {"existing": "skip", "batch": 2, "progress": interfere}
+    added = empty.add_many(adapters, prototypes, **options)
+    assert added == ["a0000", "a0001", "a0003"] and len(empty) == 6
+    theirs = adapter("a0002", 99).modules["up"].lora_a
+    assert torch.equal(empty.adapter("a0002").modules["up"].lora_a, theirs)
+    assert empty.verify(progress=False) == []
+
+
 def test_a_writer_waits_and_gives_up(library, tmp_path):
     refused = pytest.raises(RuntimeError, match="got another writer")
     with locked(tmp_path), refused, locked(tmp_path, wait=0.1):

@@ -10,6 +10,7 @@ import asyncio
 import datetime
 import json
 import math
+import re
 import zlib
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from lora_fused.checks import invalid
 from lora_fused.io.packed_records import tree_to_disk
 from lora_fused.library.entries import OP, Entry, Space
+from lora_fused.library.filters import by_row, named, tagged
 
 _TABLE = "catalogue"
 _HEADER = b"lora_fused"
@@ -33,6 +35,8 @@ _INDEX_FROM = 10_000  # vectors: fewer are compared one by one in a millisecond 
 # Partitions looked through, of about sqrt(n). Of 8,700 sentences' features 8 find 95 % of the ten
 # nearest, 24 find 98 % and 48 find 99 %; each costs some 30 us at 10^5 vectors.
 _PROBES = 24
+_LOST = re.compile(r".*ot found: ([^,]+\.\w+)")
+_PLACE = re.compile(r",? /\S+\.rs:\d+.*")
 _AT_ONCE = 64  # queries under way at a time
 
 
@@ -81,7 +85,7 @@ class Catalogue:
         """Those of the names that have entries."""
         if len(names) > _FEW:
             return set(names).intersection(self.names())
-        return set(self._read(["name"], f"prototype = 0 AND {_named(names)}")["name"].to_pylist())
+        return set(self._read(["name"], f"prototype = 0 AND {named(names)}")["name"].to_pylist())
 
     def last_record(self) -> int:
         """The highest number of a record that a row names; -1: there are no rows."""
@@ -94,10 +98,17 @@ class Catalogue:
         if len(names) > _FEW:
             wanted = set(names)
             return [entry for entry in self._entries(None) if entry.name in wanted]
-        return self._entries(_named(names)) if names else []
+        return self._entries(named(names)) if names else []
+
+    def selected(self, filter: str | None, tags: Sequence[str]) -> str | None:
+        """A condition that all rows meet of the entries of which a filter finds any."""
+        where = tagged(filter, tags)
+        if not by_row(filter):
+            return where
+        return named(self._read(["name"], where)["name"].unique().to_pylist())
 
     def entries(self, where: str | None) -> list[Entry]:
-        """Entries of which a filter finds a row, all by name."""
+        """Entries of which a condition finds a row, all by name."""
         if where is not None:
             found = self._read(["name"], where)["name"].unique().to_pylist()
             return self.of(found)
@@ -115,7 +126,7 @@ class Catalogue:
         """Name, vector and count of each row, sorted by name and prototype."""
         few = names is not None and len(names) <= _FEW
         columns = ["name", "prototype", "count", "vector"]
-        found = self._read(columns, _named(names) if few else None)
+        found = self._read(columns, named(names) if few else None)
         found = found.sort_by([("name", "ascending"), ("prototype", "ascending")])
         owners, counts = found["name"].to_pylist(), found["count"].to_pylist()
         z = _tensor(found["vector"].chunks, self.space.size)
@@ -139,18 +150,21 @@ class Catalogue:
         """Put new rows in the place of an entry's rows, in one commit."""
         change = self._table.merge_insert(["name", "prototype"])
         change = change.when_matched_update_all().when_not_matched_insert_all()
-        change = change.when_not_matched_by_source_delete(_named([entry.name]))
+        change = change.when_not_matched_by_source_delete(named([entry.name]))
         _run(change.execute(self._rows([entry], [vectors])))
         self._settle()
 
     def remove(self, names: Sequence[str]) -> None:
-        _run(self._table.delete(_named(names)))
+        _run(self._table.delete(named(names)))
         self._settle()
 
     def nearest(
         self, queries: Tensor, k: int, where: str | None, exact: bool
     ) -> list[tuple[list[str], list[float]]]:
         """Of each query, names and squared distances of the nearest entries, nearest first."""
+
+        if k > _FEW:
+            k = max(1, min(k, self.rows()))
 
         async def all_of(part: Tensor):
             return await asyncio.gather(*(self._nearest(q, k, where, exact) for q in part.numpy()))
@@ -180,7 +194,7 @@ class Catalogue:
 
     async def _faults(self, name: str | None) -> list[tuple[str, str]]:
         search, found = self._table.query().select(["name", "prototype", "crc", "vector"]), []
-        search = search if name is None else search.where(_named([name]))
+        search = search if name is None else search.where(named([name]))
         async for batch in await search.to_batches():
             vectors = _tensor([batch["vector"]], self.space.size)
             finite = vectors.isfinite().all(1).tolist()
@@ -244,13 +258,6 @@ class Catalogue:
         return pyarrow.Table.from_arrays(arrays, schema=schema)
 
 
-def tagged(filter: str | None, tags: Iterable[str]) -> str | None:
-    """A filter, and all of these tags."""
-    parts = [] if filter is None else [f"({filter})"]
-    listed = ", ".join(map(_quoted, tags))
-    return " AND ".join([*parts, f"array_has_all(tags, [{listed}])"] if listed else parts) or None
-
-
 def _engine():
     try:
         import lancedb
@@ -263,18 +270,33 @@ def _engine():
 def _run(work: Coroutine):
     from lancedb.background_loop import LOOP
 
-    return LOOP.run(work)
+    try:
+        return LOOP.run(work)
+    except RuntimeError as error:
+        if "LanceError(IO)" not in str(error):
+            raise
+        lost = _LOST.search(str(error))
+        if lost is None:
+            raise OSError(f"{OP}: the catalogue must be readable, got {_reason(error)}") from error
+        why = "lost, or gone since another compacted: refresh()"
+        raise FileNotFoundError(f"{OP}: the catalogue must hold {lost[1]}, got none ({why})") from (
+            error
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What the engine complains of, without where in its sources."""
+    return _PLACE.sub("", str(error).splitlines()[0]).removeprefix("lance error: ")[:300]
 
 
 def _asked(work: Coroutine, where: str | None):
     """The answer to a question; the engine's complaint about a filter in our words."""
     try:
         return _run(work)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if where is None:
             raise
-        reason = str(error).splitlines()[0]
-        rule = f"be SQL over {', '.join(FACTS)} ({reason})"
+        rule = f"be SQL over {', '.join(FACTS)} ({_reason(error)})"
         raise invalid(OP, "filter", rule, repr(where)) from error
 
 
@@ -321,14 +343,6 @@ def _schema(size: int, header: Mapping[bytes, bytes] | None):
     fields = [pa.field(name, words.get(name, pa.int64())) for name in _STORED[:-1]]
     fields.append(pa.field("vector", pa.list_(pa.float32(), size)))
     return pa.schema(fields, metadata=header)
-
-
-def _named(names: Iterable[str]) -> str:
-    return f"name IN ({', '.join(map(_quoted, names))})"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _crc(vector: Tensor) -> int:

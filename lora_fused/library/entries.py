@@ -147,12 +147,14 @@ def as_prototypes(
     vectors = prototypes[None] if prototypes.dim() == 1 else prototypes
     vectors = checked_features(OP, f"prototypes of {names[0]!r}", vectors).cpu()
     counts = [0] * len(vectors) if counts is None else counts
-    counts = [counts] if isinstance(counts, int) else list(counts)
+    counts = list(counts) if isinstance(counts, Sequence) else [counts]
     if len(counts) != len(vectors):
         rule = f"be {len(vectors)}, one per prototype"
         raise invalid(OP, f"counts of {names[0]!r}", rule, counts)
     for count in counts:
         check_whole(OP, f"counts of {names[0]!r}", count, least=0)
+        if count >= 1 << 63:
+            raise invalid(OP, f"counts of {names[0]!r}", "fit into 63 bits", count)
     return {names[0]: (vectors, tuple(counts))}
 
 

@@ -146,6 +146,22 @@ def test_filters_and_tags_narrow(library):
     assert library.retrieve(QUERIES, k=3, tags=["even"]).prototypes.names
 
 
+def test_filters_select_entries_by_any_of_their_prototypes(library):
+    """Also by what differs among them; then all of an entry's prototypes are looked at."""
+    ends = torch.stack([torch.full((6,), 100.0), torch.full((6,), -100.0)])
+    library.add(adapter("two", 1), ends, counts=[10, 50])
+    library.add(adapter("big", 1), torch.full((6,), 40.0), counts=50)
+    for where in ("count = 10 AND name = 'two'", "COUNT = 10", "prototype = 1"):
+        assert [e.name for e in library.entries(where)] == ["two"], where
+        assert library.entries(where)[0].counts == (10, 50)
+        assert library.search(ends[1], filter=where) == [(["two"], [0.0])]
+        found = library.retrieve(ends[1], k=3, filter=where)
+        assert found.names(0) == ["two"] and found.distances.tolist() == [[0.0]]
+    assert library.search(ends[0], k=9, filter="count = 50")[0].names == ["two", "big"]
+    assert library.search(ends[0], filter="count = 11") == [([], [])]
+    assert library.entries("count = 11") == []
+
+
 def test_an_update_replaces_all_of_an_entry(library):
     before = library.entry("a0003")
     vectors = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))

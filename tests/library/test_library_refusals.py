@@ -164,6 +164,12 @@ def test_questions(unchanged):
         ({"k": 0}, "k must be an integer of at least 1"),
         ({"filter": "colour = 3"}, r"filter must be SQL over name, .*No field named colour"),
         ({"filter": "rank ==== 3"}, "filter must be SQL over name"),
+        ({"filter": "1/0 = 1"}, "filter must be SQL over .*Divide by zero error\\), got"),
+        ({"filter": "CAST(name AS INT) > 1"}, r"filter must be SQL over .*Cannot cast"),
+        ({"filter": "count(*) > 1"}, r"filter must be SQL over .*not implemented"),
+        ({"filter": "max(rank) > 1"}, r"filter must be SQL over .*not implemented"),
+        ({"filter": " "}, "filter must be SQL, not empty"),
+        ({"filter": 3}, "filter must be SQL, not empty"),
         ({"tags": "even"}, "tags must be a list of strings"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -181,6 +187,40 @@ def test_questions(unchanged):
             ask(["a0001", "a0001"])
     with pytest.raises(ValueError, match="dtype must be that of the bank"):
         unchanged.load(["a0001"], bank=AdapterBank(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tags", [(), ("even",)], ids=["alone", "with tags"])
+def test_a_filter_cannot_reach_beyond_itself(unchanged, tags):
+    for bad in (
+        "1=1) OR (1=1",
+        "rank < 0) OR (rank > 0",
+        "1=1)",
+        "(1=1",
+        "1=1 -- ",
+        "1=1 /* ) */",
+        "1=1) OR name IN ('(x'",
+        "$$'$$ = 'x') OR ('x' = '",
+        "name = 'a\\') OR ('' = '",
+        "1=1; SELECT 1",
+        "1=1 ORDER BY name",
+        "name = 'a",
+    ):
+        for ask in (unchanged.entries, lambda where, **o: unchanged.search(Z, filter=where, **o)):
+            with pytest.raises(ValueError, match="filter must be"):
+                ask(bad, tags=tags)
+    fine = "name = '(it''s; $1 -- x' OR (name IN ('a0001', 'a0002') AND \"rank\" < 9)"
+    found = [e.name for e in unchanged.entries(fine, tags=tags)]
+    assert found == (["a0002"] if tags else ["a0001", "a0002"])
+
+
+def test_numbers_beyond_measure(unchanged):
+    assert len(unchanged.search(Z, k=1 << 40)[0].names) == 12
+    assert len(unchanged.retrieve(Z, k=1 << 63).names(0)) == 12
+    for counts in (1 << 63, 10.5, "10", [10.5]):
+        with pytest.raises(ValueError, match="counts of 'new' must"):
+            unchanged.add(adapter("new", 1), Z, counts=counts)
+    assert 3 not in unchanged and None not in unchanged
+    assert unchanged.add_many([], rpe.Prototypes(("x",), Z[None]), progress=False) == []
 
 
 def test_a_bad_adapter_among_many_keeps_what_was_committed(empty, make):

@@ -1,5 +1,6 @@
 """Index, verification and embedding: what keeps a library fast and sound."""
 
+import datetime
 import os
 from pathlib import Path
 
@@ -145,12 +146,35 @@ def test_verify_names_vectors_that_changed(library):
     changed = AdapterLibrary.open(library.uri)
     assert not torch.equal(changed.prototypes().vectors, vectors)
     assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
-    with pytest.raises(ValueError, match="prototypes of 'a0003' must be as written .* prototype 0"):
+    with pytest.raises(
+        ValueError, match=r"prototypes of 'a0003' must be as written .* prototype 0"
+    ):
         changed.update("a0003", tags=["new"])
     assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
     changed.update("a0002", tags=["new"])
     changed.update("a0003", prototypes=vectors[3], counts=20)
     assert changed.verify(progress=False) == []
+
+
+def test_verify_names_a_lost_file_of_the_catalogue(library):
+    lost = sorted(Path(library.uri, "catalogue.lance", "data").iterdir())[0]
+    lost.unlink()
+    changed = AdapterLibrary.open(library.uri)
+    (fault,) = changed.verify(progress=False)
+    assert fault.name == "" and lost.name in fault.what and ".rs" not in fault.what
+    for ask in (changed.stats, changed.entries, lambda: changed.search(torch.zeros(6))):
+        with pytest.raises(FileNotFoundError, match=f"must hold .*{lost.name}, got none"):
+            ask()
+
+
+@pytest.mark.filterwarnings("ignore:optimize")
+def test_readers_of_a_state_that_is_gone_are_told_to_refresh(library):
+    reader = AdapterLibrary.open(library.uri)
+    library.compact(keep=datetime.timedelta(0))
+    with pytest.raises(FileNotFoundError, match=r"another compacted: refresh\(\)"):
+        reader.entries("rank > 0")
+    reader.refresh()
+    assert reader.verify(progress=False) == [] and len(reader.entries("rank > 0")) == 12
 
 
 def test_verify_tells_how_far_it_is(library):

@@ -21,6 +21,7 @@ from lora_fused.library.entries import OP, Entry, Space
 from lora_fused.library.fingerprint import module_sizes, unwrapped
 from lora_fused.library.reader import LibraryReader, Progress
 from lora_fused.library.sources import (
+    check_layer,
     known_base,
     listed,
     metadata_of,
@@ -29,7 +30,6 @@ from lora_fused.library.sources import (
     sources,
     tags_of,
 )
-from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.progress import show
 from lora_fused.methods.prototypes import MINIMUM, Prototypes
 
@@ -86,7 +86,8 @@ class AdapterLibrary(LibraryReader):
             base_name: What adapters' configs may call the base, compared by its last part. Default:
                 the model's own name. Without one, any.
             layer, pooling, normalize, max_length: How vectors are made; see ``rpe.embed``. Kept,
-                so that requests are embedded in the same way (``embed``).
+                so that requests are embedded in the same way (``embed``). Text takes a
+                ``max_length`` of 3 at least, a token between two marks.
             minimum: Examples that every prototype must be the mean of, unless told otherwise.
             store: Where the weights go. Default: ``weights`` inside the folder; with an object
                 store it must be given.
@@ -99,11 +100,11 @@ class AdapterLibrary(LibraryReader):
         uri, store = places(uri, store)
         check_whole(OP, "size", size)
         check_whole(OP, "minimum", minimum, least=0)
-        if pooling not in (None, *POOLINGS):
-            raise invalid(OP, "pooling", f"be one of {POOLINGS} or None", repr(pooling))
+        rules.check_settings(layer, pooling, normalize, max_length, base_name)
         known, modules = known_base(base), None
         if not isinstance(base, str):
             modules = module_sizes(base)
+            check_layer(base, layer)
             config = getattr(unwrapped(base), "config", None)
             base_name = base_name or getattr(config, "_name_or_path", None) or None
         space = Space(

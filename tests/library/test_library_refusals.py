@@ -129,7 +129,8 @@ def test_the_base_of_a_config_is_compared(tmp_path):
     config = {"config": {"base_model_name_or_path": "org/model-2b"}}
     other = dataclasses.replace(adapter("b", 1), metadata=config)
     with pytest.raises(
-        ValueError, match=r"the base of adapter 'b' must be 'org/Model-1B' .*any_base"
+        ValueError,
+        match=r"the base of adapter 'b' must be 'org/Model-1B' .*any_base.*create\(base_name=",
     ):
         library.add(other, Z, counts=10)
     library.add(other, Z, counts=10, any_base=True)
@@ -252,10 +253,19 @@ def test_places(library, tmp_path, base):
         ({"size": 0}, "size must be"),
         ({"size": 6, "minimum": -1}, "minimum must be"),
         ({"size": 6, "pooling": "median"}, "pooling must be one of"),
+        ({"size": 6, "pooling": ["mean"]}, "pooling must be one of"),
+        ({"size": 6, "layer": 1.5}, "layer must be a module's name, a number or None"),
+        ({"size": 6, "layer": True}, "layer must be a module's name, a number or None"),
+        ({"size": 6, "layer": "upp"}, r"layer must be a module of the base's \(close: 'up'"),
+        ({"size": 6, "normalize": "yes"}, "normalize must be True or False"),
+        ({"size": 6, "max_length": 2}, "max_length must be an integer of at least 3"),
+        ({"size": 6, "max_length": "9"}, "max_length must be an integer of at least 3"),
+        ({"size": 6, "base_name": 7}, "base_name must be a name or None"),
     ):
         with pytest.raises(ValueError, match=said):
             AdapterLibrary.create(tmp_path / "new", base=base, **options)
     assert not (tmp_path / "new").exists()
+    AdapterLibrary.create(tmp_path / "new", base=base, size=12, layer="up", max_length=3)
 
 
 def test_create_after_a_killed_create(tmp_path, base):

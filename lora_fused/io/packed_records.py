@@ -195,6 +195,11 @@ def tree_to_disk(folder: Path, known: set[str]) -> None:
         known.update(fresh)
 
 
+def files_below(folder: Path) -> set[str]:
+    """Files of a tree, as ``tree_to_disk`` knows them."""
+    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+
+
 def path_to_disk(path: str | os.PathLike) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -7,19 +7,20 @@ time.
 """
 
 import asyncio
+import contextlib
 import datetime
 import json
 import math
 import re
 import zlib
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_fused.checks import invalid
-from lora_fused.io.packed_records import tree_to_disk
+from lora_fused.io.packed_records import files_below, tree_to_disk
 from lora_fused.library.entries import OP, Entry, Space
 from lora_fused.library.filters import by_row, named, tagged
 
@@ -45,12 +46,14 @@ class Catalogue:
 
     def __init__(self, table, space: Space, uri: str):
         self._table, self.space, self.uri = table, space, uri
-        self._on_disk: set[str] = set()
+        self._on_disk: set[str] | None = None  # not looked at
+        self._last: tuple[int, int] | None = None  # a version, and its highest record
 
     @classmethod
     def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
         schema = _schema(space.size, {_HEADER: space.to_json().encode()})
         made = cls(_run(_created(uri, schema, options)), space, uri)
+        made._on_disk = set()
         made._settle()
         return made
 
@@ -71,6 +74,11 @@ class Catalogue:
     def refresh(self) -> None:
         _run(self._table.checkout_latest())
 
+    def begin(self) -> None:
+        """Before a first change, as the only writer: what is there was put on disk by others."""
+        if self._on_disk is None and "://" not in self.uri:
+            self._on_disk = files_below(self._folder)
+
     def __len__(self) -> int:
         return _run(self._table.count_rows("prototype = 0"))
 
@@ -88,11 +96,17 @@ class Catalogue:
         return set(self._read(["name"], f"prototype = 0 AND {named(names)}")["name"].to_pylist())
 
     def last_record(self) -> int:
-        """The highest number of a record that a row names; -1: there are no rows."""
+        """The highest number of a record that a row names, or named; -1: there are no rows.
+
+        All rows are read where another has committed since our last commit.
+        """
         import pyarrow.compute
 
-        highest = pyarrow.compute.max(self._read(["record"], None)["record"]).as_py()
-        return -1 if highest is None else highest
+        version = _run(self._table.version())
+        if self._last is None or self._last[0] != version:
+            highest = pyarrow.compute.max(self._read(["record"], None)["record"]).as_py()
+            self._last = version, -1 if highest is None else highest
+        return self._last[1]
 
     def of(self, names: Sequence[str]) -> list[Entry]:
         if len(names) > _FEW:
@@ -143,20 +157,20 @@ class Catalogue:
 
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
-        _run(self._table.add(self._rows(entries, vectors)))
-        self._settle()
+        with self._commit(*(entry.record for entry in entries)):
+            _run(self._table.add(self._rows(entries, vectors)))
 
     def replace(self, entry: Entry, vectors: Tensor) -> None:
         """Put new rows in the place of an entry's rows, in one commit."""
         change = self._table.merge_insert(["name", "prototype"])
         change = change.when_matched_update_all().when_not_matched_insert_all()
         change = change.when_not_matched_by_source_delete(named([entry.name]))
-        _run(change.execute(self._rows([entry], [vectors])))
-        self._settle()
+        with self._commit(entry.record):
+            _run(change.execute(self._rows([entry], [vectors])))
 
     def remove(self, names: Sequence[str]) -> None:
-        _run(self._table.delete(named(names)))
-        self._settle()
+        with self._commit():
+            _run(self._table.delete(named(names)))
 
     def nearest(
         self, queries: Tensor, k: int, where: str | None, exact: bool
@@ -228,12 +242,27 @@ class Catalogue:
         self._settle()
         if keep is not None:
             _run(self._table.optimize(cleanup_older_than=keep))
-            self._on_disk.clear()
+            self._on_disk = None  # names that are gone need no room
+
+    @contextlib.contextmanager
+    def _commit(self, *records: int) -> Iterator[None]:
+        """One commit; what is known of the highest record stays known."""
+        known = self._last
+        if known is not None and known[0] != _run(self._table.version()):
+            known = None
+        yield
+        self._settle()
+        if known is not None:
+            self._last = _run(self._table.version()), max([known[1], *records])
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.uri, f"{_TABLE}.lance")
 
     def _settle(self) -> None:
         """See a commit on disk: the engine leaves that to the system, and power may fail."""
         if "://" not in self.uri:
-            tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
+            tree_to_disk(self._folder, self._on_disk)
 
     def _read(self, columns: list[str], where: str | None):
         search = self._table.query().select(columns)

@@ -309,6 +309,7 @@ class AdapterLibrary(LibraryReader):
         """The only writer, who sees all that was committed."""
         with self._store.writing():
             self.refresh()
+            self._catalogue.begin()
             yield
 
     def _append(self, adapters: Sequence[Adapter]) -> list[Record]:

@@ -9,8 +9,10 @@ import torch
 from support.models import adapter, tokens
 
 from lora_fused import Adapter, AdapterBank, LoraFactors
+from lora_fused.io import packed_records
 from lora_fused.io.packed import locked
 from lora_fused.library import AdapterLibrary
+from lora_fused.library.catalogue import Catalogue
 from lora_fused.methods import rpe
 
 MANY, WIDE = 12_000, 16
@@ -93,8 +95,6 @@ def test_new_entries_are_found_before_the_next_index(crowded):
 
 
 def test_small_libraries_have_no_index(library, monkeypatch):
-    from lora_fused.library.catalogue import Catalogue
-
     build = Catalogue.index
 
     def alone(self) -> bool:
@@ -181,6 +181,33 @@ def test_verify_tells_how_far_it_is(library):
     seen = []
     library.verify(progress=lambda *at: seen.append(at))
     assert seen == [(i, 12) for i in range(1, 13)]
+
+
+def test_an_add_costs_its_own_files(library, make, monkeypatch):
+    """What was there is neither put on disk again nor read for the numbers of records."""
+    synced, read = [], []
+    to_disk, columns = packed_records.path_to_disk, Catalogue._read
+    monkeypatch.setattr(packed_records, "path_to_disk", lambda p: (synced.append(p), to_disk(p)))
+    monkeypatch.setattr(
+        Catalogue, "_read", lambda self, c, where: read.append(c) or columns(self, c, where)
+    )
+    for i in range(20):
+        library.add(adapter(f"b{i}", i), torch.zeros(6), counts=10)
+    assert read.count(["record"]) <= 1
+    other = AdapterLibrary.open(library.uri)
+    synced.clear()
+    other.add(adapter("more", 1), torch.zeros(6), counts=10)
+    assert 3 <= len({path for path in synced if "catalogue" in str(path)}) <= 8
+    read.clear()
+    library.remove("more")
+    library.update("b3", adapter=adapter("b3", 50))
+    assert read.count(["record"]) == 1, "another has committed"
+    library.update("b4", tags=["x"])
+    library.compact()
+    synced.clear()
+    library.add(adapter("last", 1), torch.zeros(6), counts=10)
+    assert 3 <= len({path for path in synced if "catalogue" in str(path)}) <= 8
+    assert library.entry("last").record == 34 and library.verify(progress=False) == []
 
 
 def test_embedding_is_kept_with_the_library(tmp_path, base):

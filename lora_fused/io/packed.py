@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from lora_fused.adapters import Adapter, LoraFactors
 from lora_fused.checks import invalid
 from lora_fused.io.packed_records import (
+    ALIGNED,
     OP,
     SLOT,
     Record,
@@ -54,18 +55,36 @@ class PackedStore:
     """Records of adapters in a folder. One process writes at a time, any number read."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path, self.identity = Path(path), None
         self._load()
 
     @classmethod
-    def create(cls, path: str | os.PathLike, identity: str) -> "PackedStore":
-        """Make an empty store; ``identity`` ties it to a catalogue. Call it within ``locked``."""
+    def create(
+        cls, path: str | os.PathLike, identity: str, *, abandoned: bool = False
+    ) -> "PackedStore":
+        """Make an empty store; ``identity`` ties it to a catalogue. Call it within ``locked``.
+
+        Args:
+            abandoned: An empty store that is there has no catalogue, and may be replaced.
+
+        Raises:
+            FileExistsError: there are records, or a store that another catalogue may name.
+        """
         path = Path(path)
         if any(path.glob("*/index")):
             raise FileExistsError(f"{OP}: {path} holds records already")
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or half of one
+            known = cls(path).identity
+            if known != identity and not abandoned:
+                message = f"{OP}: {path} holds the store {known} already, of another library"
+                raise FileExistsError(message)
         (path / "0").mkdir(exist_ok=True)
         _put_header(path, identity, 0)
         return cls(path)
+
+    def abandon(self) -> None:
+        """Take back ``create``, where no catalogue came of it."""
+        (self.path / HEADER).unlink(missing_ok=True)
 
     def _load(self) -> None:
         file = self.path / HEADER
@@ -74,13 +93,17 @@ class PackedStore:
         try:
             header = json.loads(file.read_text(encoding="utf-8"))
             known = header["format"], header["format_version"]
-            self.identity, self.generation = str(header["id"]), int(header["generation"])
+            identity, generation = str(header["id"]), int(header["generation"])
         except (ValueError, KeyError, TypeError) as error:
             raise invalid(OP, str(file), "be the header of a store", repr(error)) from error
         if known != (FORMAT, VERSION):
             raise invalid(OP, f"format in {file}", f"be {FORMAT} {VERSION}", known)
+        if self.identity not in (None, identity):
+            rule = f"be the store {self.identity} that was opened"
+            raise invalid(OP, str(self.path), rule, f"another, {identity}")
+        self.identity, self.generation = identity, generation
         self._folder = self.path / str(self.generation)
-        self._maps: dict[str, Tensor] = {}
+        self._maps: dict[str, _Map] = {}
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -99,9 +122,7 @@ class PackedStore:
         Raises:
             ValueError: factors of a dtype that files do not hold; metadata that JSON does not.
         """
-        index = self._folder / "index"
-        size = index.stat().st_size if index.exists() else 0
-        first = -(-size // SLOT)
+        first = -(-self._length("index") // SLOT)
         if after >= first:
             rule = f"hold record {after}, which the catalogue names"
             raise invalid(OP, str(self.path), rule, f"{first} records: an older copy?")
@@ -131,24 +152,64 @@ class PackedStore:
         """Keep these records alone, number -> sha256; call it within ``writing``.
 
         They are copied to a new generation that takes the old one's place at once. Who has the
-        old files mapped goes on reading them. Where all records are live nothing is copied.
+        old files mapped goes on reading them. Where files hold nothing else nothing is copied.
         """
-        if self._numbers() == live.keys():
+        self._clear()
+        if self._numbers() == live.keys() and not self._garbage(live):
             return
         fresh = self.path / str(self.generation + 1)
-        self._clear()
         fresh.mkdir()
         numbers = sorted(live)
         for i in range(0, len(numbers), 64):
             part = numbers[i : i + 64]
             write_records(fresh, part, [self.read(n, live[n]) for n in part])
+        # As long as before, so that no number comes twice: a reader may know it from before.
+        with open(fresh / "index", "ab") as file:
+            file.truncate(-(-self._length("index") // SLOT) * SLOT)
+            to_disk(file)
+        path_to_disk(fresh)
         _put_header(self.path, self.identity, self.generation + 1)
         self._load()
         self._clear()
 
     def size(self) -> int:
-        """Bytes on disk, garbage included."""
-        return sum(f.stat().st_size for f in self._folder.iterdir())
+        """Bytes on disk of all generations, garbage included."""
+        total = 0
+        for file in self.path.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # compacted meanwhile
+                total += file.stat().st_size if _GENERATION.fullmatch(file.parent.name) else 0
+        return total
+
+    def _length(self, file: str) -> int:
+        path = self._folder / file
+        return path.stat().st_size if path.exists() else 0
+
+    def _garbage(self, live: Iterable[int]) -> bool:
+        """Whether files hold what no live record names, such as a killed writer's."""
+        named: dict[str, list[tuple[int, int]]] = {"index": [(0, self._length("index"))]}
+        for number in live:
+            for file, at, size in self._places(number):
+                named.setdefault(file, []).append((at, size))
+        for path in self._folder.iterdir():
+            end = 0
+            for at, size in sorted(named.get(path.name, [])):
+                if at - end >= ALIGNED:  # less is what aligns the next
+                    return True
+                end = max(end, at + size)
+            if path.stat().st_size > end:
+                return True
+        return False
+
+    def _places(self, number: int) -> Iterator[tuple[str, int, int]]:
+        """File, offset and size of all that a record names."""
+        slot = bytes_of(self._take("index", number * SLOT, SLOT))
+        yield "texts", *(int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
+        text = self._text(number, f"record {number} in {self._folder}")
+        for file, at, rank, _ in text["modules"].values():
+            i, o, kind = _FILE.fullmatch(file).group(2, 3, 4)
+            yield file, at, rank * (int(i) + int(o)) * getattr(torch, kind).itemsize
+        for at, kind, sizes in text["saved"].values():
+            yield "saved", at, torch.Size(sizes).numel() * getattr(torch, kind).itemsize
 
     def _numbers(self) -> set[int]:
         """Of all records, live or not."""
@@ -205,15 +266,16 @@ class PackedStore:
 
     def _take(self, file: str, offset: int, size: int) -> Tensor:
         """Bytes of a mapped file; every read goes through here."""
+        path = self._folder / file
         held = self._maps.get(file)
-        if held is None or offset + size > len(held):
-            path = self._folder / file
-            length = path.stat().st_size
-            if offset < 0 or size < 0 or offset + size > length:
-                got = f"{size} bytes at {offset} of {length}"
-                raise invalid(OP, str(path), "hold what its records name", got)
-            held = self._maps[file] = _mapped(path, length)
-        return held[offset : offset + size]
+        if held is None or offset + size > held.length:
+            held = self._maps[file] = _Map(path)
+        # Reading a page that has lost its file kills the process, so its length is asked again.
+        length = min(held.length, held.left())
+        if offset < 0 or size < 0 or offset + size > length:
+            got = f"{size} bytes at {offset} of {length}"
+            raise invalid(OP, str(path), "hold what its records name", got)
+        return held.bytes[offset : offset + size]
 
 
 @contextlib.contextmanager
@@ -249,12 +311,21 @@ def locked(path: str | os.PathLike, wait: float = 60.0) -> Iterator[None]:
         yield
 
 
-def _mapped(path: Path, length: int) -> Tensor:
-    if not length:
-        return torch.zeros(0, dtype=torch.uint8)
-    with path.open("rb") as file:
+class _Map:
+    """A file's bytes as they were when it was mapped; a file that is gone keeps them."""
+
+    def __init__(self, path: Path):
         flags = {"flags": mmap.MAP_PRIVATE | _NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-        return torch.frombuffer(mmap.mmap(file.fileno(), length, **flags), dtype=torch.uint8)
+        self.bytes, self._map = torch.zeros(0, dtype=torch.uint8), None
+        with path.open("rb") as file:
+            self.length = os.fstat(file.fileno()).st_size
+            if self.length:
+                self._map = mmap.mmap(file.fileno(), self.length, **flags)
+                self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def left(self) -> int:
+        """The file's length now: who cuts it takes the pages away."""
+        return self._map.size() if self._map is not None else 0
 
 
 def _put_header(path: Path, identity: str, generation: int) -> None:

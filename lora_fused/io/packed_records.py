@@ -21,7 +21,7 @@ from lora_fused.io.tensors import FLOATS
 OP = "PackedStore"
 SLOT = 16  # bytes of an index entry: offset and size
 _SIDES = ("lora_a", "lora_b")
-_ALIGNED = 64
+ALIGNED = 64
 
 
 class Record(NamedTuple):
@@ -95,7 +95,7 @@ class _Tail:
         self.start = self.end
 
     def align(self) -> None:
-        room = -self.end % _ALIGNED
+        room = -self.end % ALIGNED
         if room and self.parts:
             self.parts.append(memoryview(bytes(room)))
         self.end += room
@@ -193,6 +193,11 @@ def tree_to_disk(folder: Path, known: set[str]) -> None:
         if fresh:
             path_to_disk(place)
         known.update(fresh)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Files of a tree, as ``tree_to_disk`` knows them."""
+    return {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
 
 
 def path_to_disk(path: str | os.PathLike) -> None:

@@ -7,19 +7,22 @@ time.
 """
 
 import asyncio
+import contextlib
 import datetime
 import json
 import math
+import re
 import zlib
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_fused.checks import invalid
-from lora_fused.io.packed_records import tree_to_disk
+from lora_fused.io.packed_records import files_below, tree_to_disk
 from lora_fused.library.entries import OP, Entry, Space
+from lora_fused.library.filters import by_row, named, tagged
 
 _TABLE = "catalogue"
 _HEADER = b"lora_fused"
@@ -33,6 +36,8 @@ _INDEX_FROM = 10_000  # vectors: fewer are compared one by one in a millisecond 
 # Partitions looked through, of about sqrt(n). Of 8,700 sentences' features 8 find 95 % of the ten
 # nearest, 24 find 98 % and 48 find 99 %; each costs some 30 us at 10^5 vectors.
 _PROBES = 24
+_LOST = re.compile(r".*ot found: ([^,]+\.\w+)")
+_PLACE = re.compile(r",? /\S+\.rs:\d+.*")
 _AT_ONCE = 64  # queries under way at a time
 
 
@@ -41,12 +46,14 @@ class Catalogue:
 
     def __init__(self, table, space: Space, uri: str):
         self._table, self.space, self.uri = table, space, uri
-        self._on_disk: set[str] = set()
+        self._on_disk: set[str] | None = None  # not looked at
+        self._last: tuple[int, int] | None = None  # a version, and its highest record
 
     @classmethod
     def create(cls, uri: str, space: Space, options: Mapping[str, str] | None) -> "Catalogue":
         schema = _schema(space.size, {_HEADER: space.to_json().encode()})
         made = cls(_run(_created(uri, schema, options)), space, uri)
+        made._on_disk = set()
         made._settle()
         return made
 
@@ -67,6 +74,11 @@ class Catalogue:
     def refresh(self) -> None:
         _run(self._table.checkout_latest())
 
+    def begin(self) -> None:
+        """Before a first change, as the only writer: what is there was put on disk by others."""
+        if self._on_disk is None and "://" not in self.uri:
+            self._on_disk = files_below(self._folder)
+
     def __len__(self) -> int:
         return _run(self._table.count_rows("prototype = 0"))
 
@@ -81,23 +93,36 @@ class Catalogue:
         """Those of the names that have entries."""
         if len(names) > _FEW:
             return set(names).intersection(self.names())
-        return set(self._read(["name"], f"prototype = 0 AND {_named(names)}")["name"].to_pylist())
+        return set(self._read(["name"], f"prototype = 0 AND {named(names)}")["name"].to_pylist())
 
     def last_record(self) -> int:
-        """The highest number of a record that a row names; -1: there are no rows."""
+        """The highest number of a record that a row names, or named; -1: there are no rows.
+
+        All rows are read where another has committed since our last commit.
+        """
         import pyarrow.compute
 
-        highest = pyarrow.compute.max(self._read(["record"], None)["record"]).as_py()
-        return -1 if highest is None else highest
+        version = _run(self._table.version())
+        if self._last is None or self._last[0] != version:
+            highest = pyarrow.compute.max(self._read(["record"], None)["record"]).as_py()
+            self._last = version, -1 if highest is None else highest
+        return self._last[1]
 
     def of(self, names: Sequence[str]) -> list[Entry]:
         if len(names) > _FEW:
             wanted = set(names)
             return [entry for entry in self._entries(None) if entry.name in wanted]
-        return self._entries(_named(names)) if names else []
+        return self._entries(named(names)) if names else []
+
+    def selected(self, filter: str | None, tags: Sequence[str]) -> str | None:
+        """A condition that all rows meet of the entries of which a filter finds any."""
+        where = tagged(filter, tags)
+        if not by_row(filter):
+            return where
+        return named(self._read(["name"], where)["name"].unique().to_pylist())
 
     def entries(self, where: str | None) -> list[Entry]:
-        """Entries of which a filter finds a row, all by name."""
+        """Entries of which a condition finds a row, all by name."""
         if where is not None:
             found = self._read(["name"], where)["name"].unique().to_pylist()
             return self.of(found)
@@ -115,7 +140,7 @@ class Catalogue:
         """Name, vector and count of each row, sorted by name and prototype."""
         few = names is not None and len(names) <= _FEW
         columns = ["name", "prototype", "count", "vector"]
-        found = self._read(columns, _named(names) if few else None)
+        found = self._read(columns, named(names) if few else None)
         found = found.sort_by([("name", "ascending"), ("prototype", "ascending")])
         owners, counts = found["name"].to_pylist(), found["count"].to_pylist()
         z = _tensor(found["vector"].chunks, self.space.size)
@@ -132,25 +157,28 @@ class Catalogue:
 
     def add(self, entries: Sequence[Entry], vectors: Sequence[Tensor]) -> None:
         """Add entries in one commit."""
-        _run(self._table.add(self._rows(entries, vectors)))
-        self._settle()
+        with self._commit(*(entry.record for entry in entries)):
+            _run(self._table.add(self._rows(entries, vectors)))
 
     def replace(self, entry: Entry, vectors: Tensor) -> None:
         """Put new rows in the place of an entry's rows, in one commit."""
         change = self._table.merge_insert(["name", "prototype"])
         change = change.when_matched_update_all().when_not_matched_insert_all()
-        change = change.when_not_matched_by_source_delete(_named([entry.name]))
-        _run(change.execute(self._rows([entry], [vectors])))
-        self._settle()
+        change = change.when_not_matched_by_source_delete(named([entry.name]))
+        with self._commit(entry.record):
+            _run(change.execute(self._rows([entry], [vectors])))
 
     def remove(self, names: Sequence[str]) -> None:
-        _run(self._table.delete(_named(names)))
-        self._settle()
+        with self._commit():
+            _run(self._table.delete(named(names)))
 
     def nearest(
         self, queries: Tensor, k: int, where: str | None, exact: bool
     ) -> list[tuple[list[str], list[float]]]:
         """Of each query, names and squared distances of the nearest entries, nearest first."""
+
+        if k > _FEW:
+            k = max(1, min(k, self.rows()))
 
         async def all_of(part: Tensor):
             return await asyncio.gather(*(self._nearest(q, k, where, exact) for q in part.numpy()))
@@ -174,12 +202,13 @@ class Catalogue:
                 return list(first)[:k], list(first.values())[:k]
             limit *= 4
 
-    def faults(self) -> list[tuple[str, str]]:
-        """Names whose vectors are not as they were written."""
-        return _run(self._faults())
+    def faults(self, name: str | None = None) -> list[tuple[str, str]]:
+        """Names whose vectors are not as they were written; of one entry or of all."""
+        return _run(self._faults(name))
 
-    async def _faults(self) -> list[tuple[str, str]]:
+    async def _faults(self, name: str | None) -> list[tuple[str, str]]:
         search, found = self._table.query().select(["name", "prototype", "crc", "vector"]), []
+        search = search if name is None else search.where(named([name]))
         async for batch in await search.to_batches():
             vectors = _tensor([batch["vector"]], self.space.size)
             finite = vectors.isfinite().all(1).tolist()
@@ -213,12 +242,27 @@ class Catalogue:
         self._settle()
         if keep is not None:
             _run(self._table.optimize(cleanup_older_than=keep))
-            self._on_disk.clear()
+            self._on_disk = None  # names that are gone need no room
+
+    @contextlib.contextmanager
+    def _commit(self, *records: int) -> Iterator[None]:
+        """One commit; what is known of the highest record stays known."""
+        known = self._last
+        if known is not None and known[0] != _run(self._table.version()):
+            known = None
+        yield
+        self._settle()
+        if known is not None:
+            self._last = _run(self._table.version()), max([known[1], *records])
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.uri, f"{_TABLE}.lance")
 
     def _settle(self) -> None:
         """See a commit on disk: the engine leaves that to the system, and power may fail."""
         if "://" not in self.uri:
-            tree_to_disk(Path(self.uri, f"{_TABLE}.lance"), self._on_disk)
+            tree_to_disk(self._folder, self._on_disk)
 
     def _read(self, columns: list[str], where: str | None):
         search = self._table.query().select(columns)
@@ -243,13 +287,6 @@ class Catalogue:
         return pyarrow.Table.from_arrays(arrays, schema=schema)
 
 
-def tagged(filter: str | None, tags: Iterable[str]) -> str | None:
-    """A filter, and all of these tags."""
-    parts = [] if filter is None else [f"({filter})"]
-    listed = ", ".join(map(_quoted, tags))
-    return " AND ".join([*parts, f"array_has_all(tags, [{listed}])"] if listed else parts) or None
-
-
 def _engine():
     try:
         import lancedb
@@ -262,18 +299,33 @@ def _engine():
 def _run(work: Coroutine):
     from lancedb.background_loop import LOOP
 
-    return LOOP.run(work)
+    try:
+        return LOOP.run(work)
+    except RuntimeError as error:
+        if "LanceError(IO)" not in str(error):
+            raise
+        lost = _LOST.search(str(error))
+        if lost is None:
+            raise OSError(f"{OP}: the catalogue must be readable, got {_reason(error)}") from error
+        why = "lost, or gone since another compacted: refresh()"
+        raise FileNotFoundError(f"{OP}: the catalogue must hold {lost[1]}, got none ({why})") from (
+            error
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What the engine complains of, without where in its sources."""
+    return _PLACE.sub("", str(error).splitlines()[0]).removeprefix("lance error: ")[:300]
 
 
 def _asked(work: Coroutine, where: str | None):
     """The answer to a question; the engine's complaint about a filter in our words."""
     try:
         return _run(work)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if where is None:
             raise
-        reason = str(error).splitlines()[0]
-        rule = f"be SQL over {', '.join(FACTS)} ({reason})"
+        rule = f"be SQL over {', '.join(FACTS)} ({_reason(error)})"
         raise invalid(OP, "filter", rule, repr(where)) from error
 
 
@@ -284,7 +336,12 @@ async def _connected(uri: str, options: Mapping[str, str] | None):
 
 async def _created(uri: str, schema, options: Mapping[str, str] | None):
     connection = await _connected(uri, options)
-    return await connection.create_table(_TABLE, schema=schema, mode="create")
+    try:
+        return await connection.create_table(_TABLE, schema=schema, mode="create")
+    except ValueError as error:
+        if "already exists" not in str(error):
+            raise
+        raise FileExistsError(f"{OP}: {uri} holds a library already") from error
 
 
 def _opened(uri: str, options: Mapping[str, str] | None):
@@ -315,14 +372,6 @@ def _schema(size: int, header: Mapping[bytes, bytes] | None):
     fields = [pa.field(name, words.get(name, pa.int64())) for name in _STORED[:-1]]
     fields.append(pa.field("vector", pa.list_(pa.float32(), size)))
     return pa.schema(fields, metadata=header)
-
-
-def _named(names: Iterable[str]) -> str:
-    return f"name IN ({', '.join(map(_quoted, names))})"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _crc(vector: Tensor) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_fused.adapters import BASE, Adapter
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.io.config import base_key
+from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.prototypes import Prototypes, checked_features
 
 OP = "AdapterLibrary"
@@ -83,6 +84,22 @@ class Entry:
     counts: tuple[int, ...]
 
 
+def check_settings(
+    layer: object, pooling: object, normalize: object, max_length: object, base_name: object
+) -> None:
+    """Refuse settings of vectors that ``embed`` could do nothing with."""
+    if isinstance(layer, bool) or not isinstance(layer, (str, int, type(None))) or layer == "":
+        raise invalid(OP, "layer", "be a module's name, a number or None", repr(layer))
+    if pooling is not None and not (isinstance(pooling, str) and pooling in POOLINGS):
+        raise invalid(OP, "pooling", f"be one of {POOLINGS} or None", repr(pooling))
+    if not isinstance(normalize, bool):
+        raise invalid(OP, "normalize", "be True or False", repr(normalize))
+    if max_length is not None:
+        check_whole(OP, "max_length", max_length, least=3)
+    if base_name is not None and not (isinstance(base_name, str) and base_name):
+        raise invalid(OP, "base_name", "be a name or None", repr(base_name))
+
+
 def check_name(name: object) -> str:
     """Refuse what cannot be the name of a folder that find_adapters finds."""
     folder = isinstance(name, str) and 0 < len(name.encode()) <= 200 and name != BASE
@@ -118,7 +135,8 @@ def check_adapter(adapter: Adapter, space: Space, any_base: bool) -> None:
     config = adapter.metadata.get("config") or {}
     base, where = config.get("base_model_name_or_path"), f"adapter {adapter.name!r}"
     if space.base and base and not any_base and base_key(base) != base_key(space.base):
-        rule = f"be {space.base!r} as the library's (any_base=True allows others)"
+        rule = f"be {space.base!r} as the library's (any_base=True allows others for once, "
+        rule += "create(base_name=...) gives a library another name)"
         raise invalid(OP, f"the base of {where}", rule, repr(base))
     if space.modules is None:
         return
@@ -147,12 +165,14 @@ def as_prototypes(
     vectors = prototypes[None] if prototypes.dim() == 1 else prototypes
     vectors = checked_features(OP, f"prototypes of {names[0]!r}", vectors).cpu()
     counts = [0] * len(vectors) if counts is None else counts
-    counts = [counts] if isinstance(counts, int) else list(counts)
+    counts = list(counts) if isinstance(counts, Sequence) else [counts]
     if len(counts) != len(vectors):
         rule = f"be {len(vectors)}, one per prototype"
         raise invalid(OP, f"counts of {names[0]!r}", rule, counts)
     for count in counts:
         check_whole(OP, f"counts of {names[0]!r}", count, least=0)
+        if count >= 1 << 63:
+            raise invalid(OP, f"counts of {names[0]!r}", "fit into 63 bits", count)
     return {names[0]: (vectors, tuple(counts))}
 
 

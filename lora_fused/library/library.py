@@ -6,6 +6,7 @@ import datetime
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lora_fused.library.entries import OP, Entry, Space
 from lora_fused.library.fingerprint import module_sizes, unwrapped
 from lora_fused.library.reader import LibraryReader, Progress
 from lora_fused.library.sources import (
+    check_layer,
     known_base,
     listed,
     metadata_of,
@@ -28,7 +30,6 @@ from lora_fused.library.sources import (
     sources,
     tags_of,
 )
-from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.progress import show
 from lora_fused.methods.prototypes import MINIMUM, Prototypes
 
@@ -85,24 +86,25 @@ class AdapterLibrary(LibraryReader):
             base_name: What adapters' configs may call the base, compared by its last part. Default:
                 the model's own name. Without one, any.
             layer, pooling, normalize, max_length: How vectors are made; see ``rpe.embed``. Kept,
-                so that requests are embedded in the same way (``embed``).
+                so that requests are embedded in the same way (``embed``). Text takes a
+                ``max_length`` of 3 at least, a token between two marks.
             minimum: Examples that every prototype must be the mean of, unless told otherwise.
             store: Where the weights go. Default: ``weights`` inside the folder; with an object
                 store it must be given.
             storage_options: See ``open``.
 
         Raises:
-            FileExistsError: there is one.
+            FileExistsError: there is one, or ``store`` is another library's.
             ValueError: a wrong argument. RuntimeError: LanceDB is not installed.
         """
         uri, store = places(uri, store)
         check_whole(OP, "size", size)
         check_whole(OP, "minimum", minimum, least=0)
-        if pooling not in (None, *POOLINGS):
-            raise invalid(OP, "pooling", f"be one of {POOLINGS} or None", repr(pooling))
+        rules.check_settings(layer, pooling, normalize, max_length, base_name)
         known, modules = known_base(base), None
         if not isinstance(base, str):
             modules = module_sizes(base)
+            check_layer(base, layer)
             config = getattr(unwrapped(base), "config", None)
             base_name = base_name or getattr(config, "_name_or_path", None) or None
         space = Space(
@@ -112,9 +114,15 @@ class AdapterLibrary(LibraryReader):
         if Catalogue.exists(uri, storage_options):
             raise FileExistsError(f"{OP}: {uri} holds a library already")
         with locked(store):
+            if Catalogue.exists(uri, storage_options):  # another was faster
+                raise FileExistsError(f"{OP}: {uri} holds a library already")
             # The catalogue last: without one there is no library, and create may be called again.
-            packed = PackedStore.create(store, space.id)
-            return cls(Catalogue.create(uri, space, storage_options), packed)
+            packed = PackedStore.create(store, space.id, abandoned=Path(uri) in store.parents)
+            try:
+                return cls(Catalogue.create(uri, space, storage_options), packed)
+            except BaseException:
+                packed.abandon()
+                raise
 
     def add(
         self,
@@ -175,7 +183,7 @@ class AdapterLibrary(LibraryReader):
             prototypes: Of all of them.
             tags: For all; or a dict of name to tags.
             metadata: A dict of name to metadata.
-            existing: ``"skip"``: pass over names that have an entry.
+            existing: ``"skip"``: pass over names that have an entry, or get one meanwhile.
             batch: Adapters per commit.
             minimum, any_base: See ``add``.
             progress: True: a line on stderr where that is a terminal; or called as
@@ -198,13 +206,15 @@ class AdapterLibrary(LibraryReader):
         if held and existing == "error":
             raise _taken(held)
         names = [name for name in given if name not in held]
+        added = []
         for first in range(0, len(names), batch):
             part = names[first : first + batch]
             read = [self._adapter_of(given[name], name, any_base) for name in part]
-            self._commit(read, made, told, facts)
+            new = self._commit(read, made, told, facts, skip=existing == "skip")
+            added += [entry.name for entry in new]
             done = first + len(part)
             show(progress, done, len(names), f"added {done} of {len(names)}")
-        return names
+        return added
 
     def update(
         self,
@@ -221,6 +231,8 @@ class AdapterLibrary(LibraryReader):
         """Change an entry in one commit: readers see the old one or the new one, whole.
 
         Args: see ``add``; what is not given stays.
+
+        Raises: see ``add``. ValueError: also for prototypes that stay and are damaged.
         """
         change: dict = {}
         if adapter is not None:
@@ -240,6 +252,10 @@ class AdapterLibrary(LibraryReader):
             entry = self.entry(name)
             if prototypes is None:
                 vectors = self._catalogue.vectors([name])[1]
+                damage = self._catalogue.faults(name)
+                if damage:  # written again it would have a checksum that fits
+                    rule = "be as written (or given anew)"
+                    raise invalid(OP, f"prototypes of {name!r}", rule, damage[0][1])
             if adapter is not None:
                 record = self._append([adapter])[0]
                 facts = record._asdict()
@@ -270,7 +286,7 @@ class AdapterLibrary(LibraryReader):
         """
         with self._writing():
             self._catalogue.optimize(None)
-        return self._catalogue.index()
+            return self._catalogue.index()
 
     def compact(self, *, keep: datetime.timedelta = datetime.timedelta(days=1)) -> None:
         """Give back the room of removed and replaced entries, and join small files.
@@ -293,19 +309,25 @@ class AdapterLibrary(LibraryReader):
         """The only writer, who sees all that was committed."""
         with self._store.writing():
             self.refresh()
+            self._catalogue.begin()
             yield
 
     def _append(self, adapters: Sequence[Adapter]) -> list[Record]:
         return self._store.append(adapters, after=self._catalogue.last_record())
 
-    def _commit(self, adapters: Sequence[Adapter], made, tags, metadata) -> list[Entry]:
-        """Weights first, to disk; then the rows, in one commit."""
+    def _commit(
+        self, adapters: Sequence[Adapter], made, tags, metadata, skip: bool = False
+    ) -> list[Entry]:
+        """Weights first, to disk; then the rows, in one commit; ``skip`` names that are taken."""
         AdapterBank().add_many(adapters)  # refuses what no bank could hold
-        names = [adapter.name for adapter in adapters]
         with self._writing():
-            taken = self._catalogue.held(names)
-            if taken:
+            taken = self._catalogue.held([adapter.name for adapter in adapters])
+            if taken and not skip:
                 raise _taken(taken)
+            adapters = [adapter for adapter in adapters if adapter.name not in taken]
+            if not adapters:
+                return []
+            names = [adapter.name for adapter in adapters]
             records, now = self._append(adapters), _now()
             new = [
                 Entry(

@@ -13,7 +13,7 @@ from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.io.packed import PackedStore
 from lora_fused.io.peft import write_adapter
-from lora_fused.library.catalogue import Catalogue, tagged
+from lora_fused.library.catalogue import Catalogue
 from lora_fused.library.entries import OP, Entry, Space, check_tags
 from lora_fused.library.sources import known_base, listed, places
 from lora_fused.library.upkeep import Fault, Stats, faults, measured
@@ -94,7 +94,7 @@ class LibraryReader:
         return len(self._catalogue)
 
     def __contains__(self, name: str) -> bool:
-        return bool(self._catalogue.held([name]))
+        return isinstance(name, str) and bool(self._catalogue.held([name]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -113,7 +113,7 @@ class LibraryReader:
 
     def entries(self, filter: str | None = None, *, tags: Sequence[str] = ()) -> list[Entry]:
         """Facts of all entries, or of those that a filter and tags select; see ``search``."""
-        return self._catalogue.entries(tagged(filter, check_tags(tags)))
+        return self._catalogue.entries(self._catalogue.selected(filter, check_tags(tags)))
 
     def entry(self, name: str) -> Entry:
         """Facts of one entry."""
@@ -154,7 +154,9 @@ class LibraryReader:
             queries: ``[Q, E]``, or ``[E]`` for one.
             k: Entries. Fewer come where the library, or what the filter leaves, has fewer.
             filter: SQL over ``name``, ``rank``, ``bytes``, ``tags``, ``created``, ``updated``,
-                ``sha256`` and ``count``: ``"rank <= 8 AND name LIKE 'math-%'"``.
+                ``sha256`` and ``count``: ``"rank <= 8 AND name LIKE 'math-%'"``. It selects
+                entries: where it holds for any of an entry's prototypes (``"count >= 50"``), all
+                of them are looked at.
             tags: All of these an entry must have.
             exact: Compare every vector also where there is an index, which finds some 98 % of the
                 nearest. Without one (see ``index``) that is always so.
@@ -163,13 +165,14 @@ class LibraryReader:
             One Hits per query.
 
         Raises:
-            ValueError: a wrong argument, a filter that is not SQL over these columns.
+            ValueError: a wrong argument, a filter that is not SQL over these columns or fails.
+            FileNotFoundError: another has compacted what this state needs: ``refresh``.
 
         Cost:
             Exact: Q * P * E multiply-adds. With the index, 3 to 4 ms per query at 10^5 vectors.
         """
         check_whole(OP, "k", k)
-        where = tagged(filter, check_tags(tags))
+        where = self._catalogue.selected(filter, check_tags(tags))
         return [Hits(*f) for f in self._catalogue.nearest(self._queries(queries), k, where, exact)]
 
     def retrieve(
@@ -184,8 +187,9 @@ class LibraryReader:
         """``rpe.retrieve`` among the entries that a search finds: for ``rpe.weigh`` and the rest.
 
         The same adapters and distances (float64) as from all prototypes, where the search finds
-        the nearest entries. ``prototypes`` of the result are those of the found entries alone: for
-        ``rpe.explain`` give a reference, or use ``rpe.retrieve(queries, library.prototypes())``.
+        the nearest entries. ``prototypes`` of the result are those of the found entries alone, and
+        it is marked as ``narrowed``: ``rpe.explain`` warns of nothing then, unless it is given a
+        reference. Or use ``rpe.retrieve(queries, library.prototypes())``.
 
         Args: see ``search``.
         """
@@ -193,7 +197,7 @@ class LibraryReader:
         names = sorted({name for hit in hits for name in hit.names})
         if not names:
             raise invalid(OP, "filter and tags", "leave some entries", "none")
-        return retrieve(queries, self.prototypes(names), k=k)
+        return dataclasses.replace(retrieve(queries, self.prototypes(names), k=k), narrowed=True)
 
     def prototypes(self, names: Sequence[str] | None = None) -> Prototypes:
         """Prototypes of these entries, in this order; of all, by name, without."""

@@ -3,14 +3,17 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+
+from torch import nn
 
 from lora_fused.adapters import Adapter, AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.io.find import Paths, expand
 from lora_fused.io.peft import default_name, read_adapter
 from lora_fused.library.entries import OP, check_metadata, check_name, check_tags
-from lora_fused.library.fingerprint import fingerprint
+from lora_fused.library.fingerprint import fingerprint, unwrapped
 
 Source = Adapter | AdapterBank | Path
 
@@ -34,6 +37,18 @@ def known_base(base: object) -> str:
     if not re.fullmatch("[0-9a-f]{64}", base):
         raise invalid(OP, "base", "be a model or its fingerprint, 64 hex digits", repr(base))
     return base
+
+
+def check_layer(base: object, layer: str | int | None) -> None:
+    """Refuse the name of a layer that no module has, of the model as given or out of wrappers."""
+    if not isinstance(layer, str):
+        return
+    models = [m for m in (base, unwrapped(base)) if isinstance(m, nn.Module)]
+    found = [name for model in models for name, _ in model.named_modules() if name]
+    if layer not in found:
+        close = get_close_matches(layer, found, n=3) or found[:3]
+        rule = f"be a module of the base's (close: {', '.join(map(repr, close))})"
+        raise invalid(OP, "layer", rule, repr(layer))
 
 
 def listed(names: object) -> list[str]:

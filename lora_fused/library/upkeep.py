@@ -10,7 +10,7 @@ from lora_fused.methods.progress import show
 
 
 class Fault(NamedTuple):
-    """What is wrong with an entry."""
+    """What is wrong with an entry; an empty name: with the catalogue, so that none can be read."""
 
     name: str
     what: str
@@ -66,8 +66,11 @@ def measured(catalogue: Catalogue, store: PackedStore) -> Stats:
 
 
 def faults(catalogue: Catalogue, store: PackedStore, progress) -> list[Fault]:
-    found = [Fault(name, what) for name, what in catalogue.faults()]
-    entries = catalogue.entries(None)
+    try:
+        found = [Fault(name, what) for name, what in catalogue.faults()]
+        entries = catalogue.entries(None)
+    except (ValueError, OSError, RuntimeError) as error:
+        return [Fault("", str(error))]
     for done, entry in enumerate(entries, 1):
         try:
             adapter = store.read(entry.record, entry.sha256)

@@ -28,6 +28,8 @@ class Retrieved:
         adapters: ``[Q, k]`` int64, indices in ``prototypes.names``; distinct in a row.
         rows: ``[Q, k]`` int64, of ``prototypes.vectors``: each adapter's nearest one.
         distances: ``[Q, k]`` float64, squared.
+        narrowed: ``prototypes`` are those near these queries alone, of a larger library: they do
+            not tell how it lies.
     """
 
     queries: Tensor
@@ -35,6 +37,7 @@ class Retrieved:
     adapters: Tensor
     rows: Tensor
     distances: Tensor
+    narrowed: bool = False
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -45,7 +48,7 @@ class Retrieved:
     def take(self, queries: Tensor | slice) -> "Retrieved":
         """Of some queries alone."""
         parts = (self.adapters[queries], self.rows[queries], self.distances[queries])
-        return Retrieved(self.queries[queries], self.prototypes, *parts)
+        return Retrieved(self.queries[queries], self.prototypes, *parts, self.narrowed)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class Explanation:
         hull_distance: from the query to the nearest convex combination of these prototypes.
         nearer, of: so many of so many reference points are nearer to their hull; of = 0: none.
         outside: the out-of-library warning, which a part 1 - level of known queries gets at most.
-            None where the reference has too few points for that.
+            None where the reference has too few points for that, or there is none.
     """
 
     rule: str
@@ -62,7 +62,7 @@ class Explanation:
 
     def _place(self) -> str:
         if not self.of:
-            return "nothing to compare it with"
+            return "nothing to compare it with (give reference=)"
         few = ", too few to warn by" if self.outside is None else ""
         return f"farther than {self.nearer} of {self.of} reference points are{few}"
 
@@ -82,7 +82,8 @@ def explain(
         reference: Features ``[n, E]`` of queries that the library is known to serve, of the kind
             at hand. Default: the library's own prototypes, each against the adapters other than
             its own. That fits queries that are means over a task; single inputs scatter more, so
-            give others of theirs.
+            give others of theirs. Without a reference, what a library's ``retrieve`` found in a
+            part of itself is compared with nothing: that part says nothing of the others.
         level: One less the part of known queries that may be warned of falsely. The query's rank
             among n reference points decides, (n - nearer + 1) / (n + 1) <= 1 - level; 0.95 takes
             19 points.
@@ -101,7 +102,7 @@ def explain(
     found = chosen.found
     k = found.adapters.shape[1]
     if reference is None:
-        known = _left_out(found.prototypes, k)
+        known = None if found.narrowed else _left_out(found.prototypes, k)
     else:
         known = retrieve(reference, found.prototypes, k=k)
     usual = torch.zeros(0) if known is None else _misses(known, weigh(known, "simplex").weights)
@@ -130,7 +131,7 @@ def explain(
             hull_distance=distance,
             nearer=count,
             of=of,
-            outside=of - count + 1 <= most if most >= 1 else None,
+            outside=of - count + 1 <= most if of and most >= 1 else None,
         )
         for q, (distances, weights, negative, residual, distance, count) in enumerate(rows)
     ]

@@ -4,10 +4,14 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
+from support import ROOT
 
 from lora_fused import Adapter, LoraFactors
 from lora_fused.io.packed import PackedStore, locked
@@ -196,6 +200,38 @@ def test_missing_parts_are_named(filled):
         PackedStore(store.path).read(99)
 
 
+@pytest.mark.parametrize("name", ["12x8-float32", "saved", "texts", "index"])
+def test_a_file_cut_while_it_is_mapped_is_named(tmp_path, name):
+    """Reading its lost pages would kill the process, so another one tries."""
+    code = f"""
+        import os, torch
+        from pathlib import Path
+        from lora_fused import Adapter, LoraFactors
+        from lora_fused.io.packed import PackedStore, locked
+        path = Path({str(tmp_path)!r})
+        with locked(path):
+            store = PackedStore.create(path, "i")
+        saved = {{"head": torch.arange(70000)}}
+        part = LoraFactors(torch.ones(9000, 12), torch.ones(9000, 8), 1.0)
+        metadata = {{"noise": torch.randn(30000).tolist()}}
+        with store.writing():
+            records = store.append([Adapter("a", {{"up": part}}, saved, metadata)])
+        number, known = 0, records[0].sha256
+        reader = PackedStore(path)
+        assert reader.read(number, known).name == "a"
+        os.truncate(path / "0" / {name!r}, 0)
+        try:
+            reader.read(number, known)
+        except ValueError as error:
+            print(error)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{name} must hold what its records name, got" in done.stdout
+
+
 def test_texts_cannot_lead_elsewhere(filled, monkeypatch):
     store, _, _ = filled
     text = {"name": "a", "modules": {"up": ["../../store.json", 0, 1, 1.0]}, "saved": {}}
@@ -274,6 +310,48 @@ def test_compaction_without_garbage_copies_nothing(filled):
     assert store.generation == 1 and store.read(5).name == "a5"
 
 
+def test_compaction_gives_back_what_killed_writers_left(filled):
+    """Where every record is live, too: torn ends, and a generation that was never finished."""
+    store, records, adapters = filled
+    live, size = {r.number: r.sha256 for r in records}, store.size()
+    shutil.copytree(store.path / "0", store.path / "1")
+    assert store.size() == 2 * size
+    with store.writing():
+        store.compact(live)
+    assert store.size() == size and store.generation == 0
+    for turn, name in enumerate(("8x12-float32", "texts", "saved", "4x4-float32"), 1):
+        with open(file_of(store, name), "ab") as file:
+            file.write(b"x" * 100)
+        with store.writing():
+            if turn == 1:  # it lies in the middle
+                (late,) = store.append([adapters[0]])
+                live[late.number] = late.sha256
+            store.compact(live)
+        assert store.generation == turn, name
+        with store.writing():
+            store.compact(live)
+        assert store.generation == turn, "nothing is left"
+    assert_same(PackedStore(store.path).read(3, live[3]), adapters[3])
+
+
+def test_a_number_comes_once(filled):
+    """A reader that knows the last record is not given another in its place."""
+    store, records, adapters = filled
+    with store.writing():
+        store.compact({r.number: r.sha256 for r in records[:4]})
+    assert PackedStore(store.path).size() == store.size()
+    with store.writing():
+        (late,) = store.append([adapters[0]])
+    assert late.number == 9
+    with pytest.raises(ValueError, match="removed or replaced"):
+        PackedStore(store.path).read(8, records[8].sha256)
+    with store.writing():
+        store.compact({})
+        (later,) = store.append([adapters[1]])
+    assert later.number == 10
+    assert_same(PackedStore(store.path).read(10, later.sha256), adapters[1])
+
+
 def test_compaction_refuses_damage(filled):
     store, records, _ = filled
     flip(file_of(store, "8x12-float32"), 8)
@@ -299,6 +377,17 @@ def test_headers_are_checked(store, text, said):
     (store.path / "store.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         PackedStore(store.path)
+
+
+def test_a_store_of_another_library_is_refused(store):
+    """An empty one too, but where it is known that no library has it."""
+    with pytest.raises(FileExistsError, match="holds the store identity already"):
+        PackedStore.create(store.path, "another")
+    assert PackedStore(store.path).identity == "identity"
+    assert PackedStore.create(store.path, "another", abandoned=True).identity == "another"
+    refused = pytest.raises(ValueError, match="be the store identity that was opened, got another")
+    with refused, store.writing():
+        pass
 
 
 def test_there_must_be_a_store(tmp_path, filled):

@@ -118,6 +118,22 @@ def test_retrieve_is_that_of_all_prototypes(empty, make, per_adapter):
     assert ours.adapters == theirs.adapters and torch.equal(ours.weights, theirs.weights)
 
 
+def test_a_part_of_a_library_warns_of_nothing(empty, make):
+    """Known single inputs look strange beside a few prototypes; against others they do not."""
+    adapters, prototypes = make(40)
+    empty.add_many(adapters, prototypes, progress=False)
+    generator = torch.Generator().manual_seed(1)
+    near = prototypes.vectors.repeat(2, 1)
+    inputs, others = near + torch.randn(2, 80, 6, generator=generator)
+    chosen = rpe.weigh(empty.retrieve(inputs, k=3).take(slice(0, 80)), "l1")
+    assert {(one.outside, one.of) for one in rpe.explain(chosen)} == {(None, 0)}
+    assert "give reference=" in str(rpe.explain(chosen)[0])
+    warned = [one.outside for one in rpe.explain(chosen, reference=others)]
+    assert set(warned) == {True, False} and sum(warned) < 12
+    whole = rpe.weigh(rpe.retrieve(inputs, empty.prototypes(), k=3), "l1")
+    assert None not in {one.outside for one in rpe.explain(whole)}
+
+
 def test_filters_and_tags_narrow(library):
     assert library.search(QUERIES[0], k=12, tags=["even"])[0].names
     even = {f"a{i:04}" for i in range(0, 12, 2)}
@@ -128,6 +144,22 @@ def test_filters_and_tags_narrow(library):
     assert set(both[0].names) == {"a0002", "a0008"}
     assert [e.name for e in library.entries("rank = 3", tags=["even"])] == ["a0002", "a0008"]
     assert library.retrieve(QUERIES, k=3, tags=["even"]).prototypes.names
+
+
+def test_filters_select_entries_by_any_of_their_prototypes(library):
+    """Also by what differs among them; then all of an entry's prototypes are looked at."""
+    ends = torch.stack([torch.full((6,), 100.0), torch.full((6,), -100.0)])
+    library.add(adapter("two", 1), ends, counts=[10, 50])
+    library.add(adapter("big", 1), torch.full((6,), 40.0), counts=50)
+    for where in ("count = 10 AND name = 'two'", "COUNT = 10", "prototype = 1"):
+        assert [e.name for e in library.entries(where)] == ["two"], where
+        assert library.entries(where)[0].counts == (10, 50)
+        assert library.search(ends[1], filter=where) == [(["two"], [0.0])]
+        found = library.retrieve(ends[1], k=3, filter=where)
+        assert found.names(0) == ["two"] and found.distances.tolist() == [[0.0]]
+    assert library.search(ends[0], k=9, filter="count = 50")[0].names == ["two", "big"]
+    assert library.search(ends[0], filter="count = 11") == [([], [])]
+    assert library.entries("count = 11") == []
 
 
 def test_an_update_replaces_all_of_an_entry(library):

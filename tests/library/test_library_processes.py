@@ -11,6 +11,7 @@ from support.models import adapter
 
 from lora_fused.io.packed import locked
 from lora_fused.library import AdapterLibrary
+from lora_fused.library.catalogue import Catalogue
 
 PROCESSES = 3
 
@@ -123,6 +124,56 @@ def test_one_of_two_writers_of_a_name_is_refused(library, processes):
     assert torch.equal(library.adapter("same").modules["up"].lora_a, winner.lora_a)
 
 
+def create_one(uri: str, number: int, queue) -> None:
+    try:
+        AdapterLibrary.create(uri, base="0" * 64, size=6 + number)
+    except FileExistsError as error:
+        queue.put((number, str(error)))
+    else:
+        queue.put((number, "made"))
+
+
+def test_one_of_several_creators_wins(tmp_path, processes):
+    for turn in range(4):
+        uri = str(tmp_path / str(turn))
+        said = in_processes(processes, create_one, uri)
+        assert said.count("made") == 1, said
+        assert all(text == "made" or "a library already" in text for text in said)
+        library = AdapterLibrary.open(uri)
+        assert library.space.size == 6 + said.index("made")
+        library.add(adapter("a", seed=1), torch.zeros(library.space.size), counts=10)
+
+
+def test_a_creator_that_comes_late_changes_nothing(tmp_path, monkeypatch):
+    """Asked before and after the lock was waited for; then by the engine itself."""
+    make = AdapterLibrary.create
+    library = make(tmp_path / "l", base="0" * 64, size=6)
+    for answers, store in (([False, True], None), ([False, False], tmp_path / "own")):
+        turn = iter(answers)
+        monkeypatch.setattr(Catalogue, "exists", lambda *_, turn=turn: next(turn))
+        with pytest.raises(FileExistsError, match="holds a library already"):
+            make(tmp_path / "l", base="0" * 64, size=6, store=store)
+    assert not (tmp_path / "own" / "store.json").exists()
+    library.add(adapter("a", seed=1), torch.zeros(6), counts=10)
+    assert AdapterLibrary.open(library.uri).names == ["a"]
+
+
+def test_names_that_others_add_meanwhile_can_be_skipped(empty, make):
+    adapters, prototypes = make(6)
+
+    def interfere(done, total) -> None:
+        if done == 2:
+            for name in ("a0002", "a0004", "a0005"):
+                AdapterLibrary.open(empty.uri).add(adapter(name, 99), torch.zeros(6), counts=10)
+
+    options = {"existing": "skip", "batch": 2, "progress": interfere}
+    added = empty.add_many(adapters, prototypes, **options)
+    assert added == ["a0000", "a0001", "a0003"] and len(empty) == 6
+    theirs = adapter("a0002", 99).modules["up"].lora_a
+    assert torch.equal(empty.adapter("a0002").modules["up"].lora_a, theirs)
+    assert empty.verify(progress=False) == []
+
+
 def test_a_writer_waits_and_gives_up(library, tmp_path):
     refused = pytest.raises(RuntimeError, match="got another writer")
     with locked(tmp_path), refused, locked(tmp_path, wait=0.1):
@@ -168,7 +219,10 @@ def test_compaction_keeps_readers_alive(library):
         assert one.load(["a0002"]).names == ["a0002"], "records keep their numbers"
     with pytest.raises(ValueError, match=r"got none \(removed or replaced, and compacted: refresh"):
         late.load(["a0003"])
+    for one in (reader, late):
+        assert one.stats().disk == library.stats().disk
     late.refresh()
+    assert late.stats().disk == library.stats().disk
     assert "a0003" not in late and late.verify(progress=False) == []
 
 

@@ -129,7 +129,8 @@ def test_the_base_of_a_config_is_compared(tmp_path):
     config = {"config": {"base_model_name_or_path": "org/model-2b"}}
     other = dataclasses.replace(adapter("b", 1), metadata=config)
     with pytest.raises(
-        ValueError, match=r"the base of adapter 'b' must be 'org/Model-1B' .*any_base"
+        ValueError,
+        match=r"the base of adapter 'b' must be 'org/Model-1B' .*any_base.*create\(base_name=",
     ):
         library.add(other, Z, counts=10)
     library.add(other, Z, counts=10, any_base=True)
@@ -164,6 +165,12 @@ def test_questions(unchanged):
         ({"k": 0}, "k must be an integer of at least 1"),
         ({"filter": "colour = 3"}, r"filter must be SQL over name, .*No field named colour"),
         ({"filter": "rank ==== 3"}, "filter must be SQL over name"),
+        ({"filter": "1/0 = 1"}, "filter must be SQL over .*Divide by zero error\\), got"),
+        ({"filter": "CAST(name AS INT) > 1"}, r"filter must be SQL over .*Cannot cast"),
+        ({"filter": "count(*) > 1"}, r"filter must be SQL over .*not implemented"),
+        ({"filter": "max(rank) > 1"}, r"filter must be SQL over .*not implemented"),
+        ({"filter": " "}, "filter must be SQL, not empty"),
+        ({"filter": 3}, "filter must be SQL, not empty"),
         ({"tags": "even"}, "tags must be a list of strings"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -181,6 +188,40 @@ def test_questions(unchanged):
             ask(["a0001", "a0001"])
     with pytest.raises(ValueError, match="dtype must be that of the bank"):
         unchanged.load(["a0001"], bank=AdapterBank(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tags", [(), ("even",)], ids=["alone", "with tags"])
+def test_a_filter_cannot_reach_beyond_itself(unchanged, tags):
+    for bad in (
+        "1=1) OR (1=1",
+        "rank < 0) OR (rank > 0",
+        "1=1)",
+        "(1=1",
+        "1=1 -- ",
+        "1=1 /* ) */",
+        "1=1) OR name IN ('(x'",
+        "$$'$$ = 'x') OR ('x' = '",
+        "name = 'a\\') OR ('' = '",
+        "1=1; SELECT 1",
+        "1=1 ORDER BY name",
+        "name = 'a",
+    ):
+        for ask in (unchanged.entries, lambda where, **o: unchanged.search(Z, filter=where, **o)):
+            with pytest.raises(ValueError, match="filter must be"):
+                ask(bad, tags=tags)
+    fine = "name = '(it''s; $1 -- x' OR (name IN ('a0001', 'a0002') AND \"rank\" < 9)"
+    found = [e.name for e in unchanged.entries(fine, tags=tags)]
+    assert found == (["a0002"] if tags else ["a0001", "a0002"])
+
+
+def test_numbers_beyond_measure(unchanged):
+    assert len(unchanged.search(Z, k=1 << 40)[0].names) == 12
+    assert len(unchanged.retrieve(Z, k=1 << 63).names(0)) == 12
+    for counts in (1 << 63, 10.5, "10", [10.5]):
+        with pytest.raises(ValueError, match="counts of 'new' must"):
+            unchanged.add(adapter("new", 1), Z, counts=counts)
+    assert 3 not in unchanged and None not in unchanged
+    assert unchanged.add_many([], rpe.Prototypes(("x",), Z[None]), progress=False) == []
 
 
 def test_a_bad_adapter_among_many_keeps_what_was_committed(empty, make):
@@ -202,16 +243,29 @@ def test_places(library, tmp_path, base):
     other = AdapterLibrary.create(tmp_path / "other", base=base, size=6)
     with pytest.raises(ValueError, match="got another library's"):
         AdapterLibrary.open(other.uri, store=tmp_path / "library" / "weights")
+    with pytest.raises(FileExistsError, match="of another library"):
+        weights = tmp_path / "other" / "weights"
+        AdapterLibrary.create(tmp_path / "third", base=base, size=6, store=weights)
+    other.add(adapter("a", 1), Z, counts=10)
     with pytest.raises(FileNotFoundError, match=r"holds no store\.json"):
         AdapterLibrary.open(library.uri, store=tmp_path / "elsewhere")
     for options, said in (
         ({"size": 0}, "size must be"),
         ({"size": 6, "minimum": -1}, "minimum must be"),
         ({"size": 6, "pooling": "median"}, "pooling must be one of"),
+        ({"size": 6, "pooling": ["mean"]}, "pooling must be one of"),
+        ({"size": 6, "layer": 1.5}, "layer must be a module's name, a number or None"),
+        ({"size": 6, "layer": True}, "layer must be a module's name, a number or None"),
+        ({"size": 6, "layer": "upp"}, r"layer must be a module of the base's \(close: 'up'"),
+        ({"size": 6, "normalize": "yes"}, "normalize must be True or False"),
+        ({"size": 6, "max_length": 2}, "max_length must be an integer of at least 3"),
+        ({"size": 6, "max_length": "9"}, "max_length must be an integer of at least 3"),
+        ({"size": 6, "base_name": 7}, "base_name must be a name or None"),
     ):
         with pytest.raises(ValueError, match=said):
             AdapterLibrary.create(tmp_path / "new", base=base, **options)
     assert not (tmp_path / "new").exists()
+    AdapterLibrary.create(tmp_path / "new", base=base, size=12, layer="up", max_length=3)
 
 
 def test_create_after_a_killed_create(tmp_path, base):

@@ -1,5 +1,6 @@
 """Index, verification and embedding: what keeps a library fast and sound."""
 
+import datetime
 import os
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from support.models import adapter, tokens
 
 from lora_fused import Adapter, AdapterBank, LoraFactors
+from lora_fused.io import packed_records
+from lora_fused.io.packed import locked
 from lora_fused.library import AdapterLibrary
+from lora_fused.library.catalogue import Catalogue
 from lora_fused.methods import rpe
 
 MANY, WIDE = 12_000, 16
@@ -90,7 +94,16 @@ def test_new_entries_are_found_before_the_next_index(crowded):
     assert library.search(place, k=1)[0].names != ["late"]
 
 
-def test_small_libraries_have_no_index(library):
+def test_small_libraries_have_no_index(library, monkeypatch):
+    build = Catalogue.index
+
+    def alone(self) -> bool:
+        with pytest.raises(RuntimeError, match="got another writer"), locked(weights, wait=0.05):
+            pass
+        return build(self)
+
+    weights = Path(library.uri, "weights")
+    monkeypatch.setattr(Catalogue, "index", alone)
     assert library.index() is False and library.stats().indexed == 0
     assert len(library.search(torch.zeros(6), k=12)[0].names) == 12
 
@@ -133,12 +146,68 @@ def test_verify_names_vectors_that_changed(library):
     changed = AdapterLibrary.open(library.uri)
     assert not torch.equal(changed.prototypes().vectors, vectors)
     assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
+    with pytest.raises(
+        ValueError, match=r"prototypes of 'a0003' must be as written .* prototype 0"
+    ):
+        changed.update("a0003", tags=["new"])
+    assert changed.verify(progress=False) == [("a0003", "prototype 0 is not as written")]
+    changed.update("a0002", tags=["new"])
+    changed.update("a0003", prototypes=vectors[3], counts=20)
+    assert changed.verify(progress=False) == []
+
+
+def test_verify_names_a_lost_file_of_the_catalogue(library):
+    lost = sorted(Path(library.uri, "catalogue.lance", "data").iterdir())[0]
+    lost.unlink()
+    changed = AdapterLibrary.open(library.uri)
+    (fault,) = changed.verify(progress=False)
+    assert fault.name == "" and lost.name in fault.what and ".rs" not in fault.what
+    for ask in (changed.stats, changed.entries, lambda: changed.search(torch.zeros(6))):
+        with pytest.raises(FileNotFoundError, match=f"must hold .*{lost.name}, got none"):
+            ask()
+
+
+@pytest.mark.filterwarnings("ignore:optimize")
+def test_readers_of_a_state_that_is_gone_are_told_to_refresh(library):
+    reader = AdapterLibrary.open(library.uri)
+    library.compact(keep=datetime.timedelta(0))
+    with pytest.raises(FileNotFoundError, match=r"another compacted: refresh\(\)"):
+        reader.entries("rank > 0")
+    reader.refresh()
+    assert reader.verify(progress=False) == [] and len(reader.entries("rank > 0")) == 12
 
 
 def test_verify_tells_how_far_it_is(library):
     seen = []
     library.verify(progress=lambda *at: seen.append(at))
     assert seen == [(i, 12) for i in range(1, 13)]
+
+
+def test_an_add_costs_its_own_files(library, make, monkeypatch):
+    """What was there is neither put on disk again nor read for the numbers of records."""
+    synced, read = [], []
+    to_disk, columns = packed_records.path_to_disk, Catalogue._read
+    monkeypatch.setattr(packed_records, "path_to_disk", lambda p: (synced.append(p), to_disk(p)))
+    monkeypatch.setattr(
+        Catalogue, "_read", lambda self, c, where: read.append(c) or columns(self, c, where)
+    )
+    for i in range(20):
+        library.add(adapter(f"b{i}", i), torch.zeros(6), counts=10)
+    assert read.count(["record"]) <= 1
+    other = AdapterLibrary.open(library.uri)
+    synced.clear()
+    other.add(adapter("more", 1), torch.zeros(6), counts=10)
+    assert 3 <= len({path for path in synced if "catalogue" in str(path)}) <= 8
+    read.clear()
+    library.remove("more")
+    library.update("b3", adapter=adapter("b3", 50))
+    assert read.count(["record"]) == 1, "another has committed"
+    library.update("b4", tags=["x"])
+    library.compact()
+    synced.clear()
+    library.add(adapter("last", 1), torch.zeros(6), counts=10)
+    assert 3 <= len({path for path in synced if "catalogue" in str(path)}) <= 8
+    assert library.entry("last").record == 34 and library.verify(progress=False) == []
 
 
 def test_embedding_is_kept_with_the_library(tmp_path, base):

@@ -30,7 +30,7 @@ ORDER = (
 ASIDE = {"testing": ("checks", "ops", "adapters", "mixture")}  # for tests and benchmarks only
 OPTIONAL = (
     *("transformers", "peft", "typer", "rich", "numpy", "scipy", "yaml", "cma", "lancedb"),
-    *("pyarrow", "triton"),
+    *("pyarrow", "PIL", "timm", "triton"),
     "lora_fused._C",
 )
 PACKAGE = ROOT / "lora_fused"

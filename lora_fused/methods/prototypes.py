@@ -102,13 +102,17 @@ class Prototypes:
 
     def subset(self, names: Sequence[str]) -> "Prototypes":
         """Those of some adapters, in this order: a pool that leaves some out."""
+        place = {name: k for k, name in enumerate(self.names)}
         for name in names:
-            if name not in self.names:
+            if name not in place:
                 raise invalid("Prototypes.subset", "names", "be adapters of these", repr(name))
-        chosen = [self.names.index(name) for name in names]
-        rows = [(self.owners == k).nonzero()[:, 0] for k in chosen]
-        owners = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(r) for r in rows]))
-        rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        held = self.owners.cpu()
+        order = held.sort(stable=True).indices
+        own = order.split(held.bincount(minlength=len(self)).tolist())
+        chosen = [own[place[name]] for name in names]
+        sizes = torch.tensor([len(rows) for rows in chosen], dtype=torch.int64)
+        owners = torch.arange(len(chosen)).repeat_interleave(sizes)
+        rows = torch.cat([order[:0], *chosen]).to(self.vectors.device)
         parts = (self.vectors[rows], owners, self.counts[rows])
         return Prototypes(tuple(names), *parts, self.noise)
 

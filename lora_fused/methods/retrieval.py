@@ -84,27 +84,21 @@ def retrieve(queries: Tensor, prototypes: Prototypes, *, k: int = 8) -> Retrieve
         raise invalid(op, "queries", rule, shape(queries))
     check_whole(op, "k", k)
     k = min(k, len(prototypes))
-    table = _rows_of(prototypes)
-    points = vectors.double()
-    size = max(1, _BLOCK // max(table.numel(), k * vectors.shape[1]))
-    parts = [_nearest(part.double(), points, table, k) for part in queries.split(size)]
+    points, owners, count = vectors.double(), prototypes.owners, len(prototypes)
+    size = max(1, _BLOCK // max(len(points), k * vectors.shape[1]))
+    parts = [_nearest(z.double(), points, owners, count, k) for z in queries.split(size)]
     return Retrieved(queries, prototypes, *map(torch.cat, zip(*parts, strict=True)))
 
 
-def _rows_of(prototypes: Prototypes) -> Tensor:
-    """Rows of each adapter's prototypes, ``[K, C]``; where there are fewer, the first again."""
-    order = prototypes.owners.sort(stable=True).indices
-    counts = prototypes.owners.bincount()
-    first = counts.cumsum(0) - counts
-    column = torch.arange(int(counts.max()), device=order.device)
-    column = torch.where(column < counts[:, None], column, 0)
-    return order[first[:, None] + column]
-
-
-def _nearest(z: Tensor, points: Tensor, table: Tensor, k: int) -> tuple:
-    found = squared_distances(z, points)[:, table].min(-1)
-    adapters = found.values.topk(k, largest=False).indices.sort(1).values
-    rows = table[adapters, found.indices.gather(1, adapters)]
+def _nearest(z: Tensor, points: Tensor, owners: Tensor, count: int, k: int) -> tuple:
+    """The k nearest of ``count`` adapters, each by its nearest row, of equal ones the first."""
+    found, at = squared_distances(z, points), owners.expand(len(z), -1)
+    least = found.new_full((len(z), count), torch.inf).scatter_reduce_(1, at, found, "amin")
+    adapters = least.topk(k, largest=False).indices.sort(1).values
+    end = len(points)
+    rows = torch.arange(end, device=z.device).where(found == least.gather(1, at), end)
+    rows = rows.new_full((len(z), count), end).scatter_reduce_(1, at, rows, "amin")
+    rows = rows.gather(1, adapters)
     # What the product left of small distances is rounding; differences are exact.
     distances = (z[:, None] - points[rows]).square().sum(-1)
     order = distances.sort(dim=1, stable=True).indices

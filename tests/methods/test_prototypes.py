@@ -131,6 +131,20 @@ def test_noise_on_one_adapter_has_a_report_too():
     assert report.spacing != report.spacing and report.moved > 0 and str(report)
 
 
+def test_subsets_are_those_of_a_search_for_each_name():
+    generator = torch.Generator().manual_seed(4)
+    owners = torch.cat((torch.arange(9), torch.randint(0, 9, (30,), generator=generator)))
+    owners = owners[torch.randperm(39, generator=generator)]
+    names, vectors = tuple("abcdefghi"), torch.randn(39, 3, generator=generator)
+    made = Prototypes(names, vectors, owners, torch.arange(39))
+    for chosen in ("hca", "ihgfedcba", "e"):
+        part = made.subset(list(chosen))
+        rows = torch.cat([(owners == names.index(name)).nonzero()[:, 0] for name in chosen])
+        assert part.names == tuple(chosen) and part.counts.equal(rows)
+        assert part.vectors.equal(vectors[rows])
+        assert [chosen[k] for k in part.owners] == [names[k] for k in owners[rows]]
+
+
 def test_subsets_keep_vectors_counts_and_order():
     points, _ = blobs()
     features = {"a": points, "b": normal(15, 6), "c": normal(20, 6, seed=4)}

@@ -87,6 +87,25 @@ def test_an_adapter_counts_once_by_its_nearest_prototype():
     assert torch.allclose(found.distances, torch.tensor([[1, 4], [0.16, 0.36]]).double())
 
 
+def test_adapters_of_very_different_numbers_of_prototypes():
+    """Against each adapter's rows taken alone; of rows that are the same the first counts."""
+    owners = torch.cat((torch.arange(40), torch.full((50,), 7), torch.full((3,), 11)))
+    owners = owners[torch.randperm(93, generator=torch.Generator().manual_seed(2))]
+    vectors, queries = normal(93, 5, seed=3), normal(30, 5, seed=4)
+    vectors[owners == 11] = vectors[owners == 11][:1].clone()
+    found = rpe.retrieve(queries, rpe.Prototypes(tuple(map(str, range(40))), vectors, owners), k=9)
+    for q, z in enumerate(queries.double()):
+        far = (z - vectors.double()).square().sum(1)
+        nearest = {}
+        for k in range(40):
+            own = (owners == k).nonzero()[:, 0]
+            nearest[k] = int(own[far[own].argmin()])
+        order = sorted(nearest, key=lambda k: float(far[nearest[k]]))[:9]
+        assert found.adapters[q].tolist() == order
+        assert found.rows[q].tolist() == [nearest[k] for k in order]
+        assert torch.equal(found.distances[q], far[found.rows[q]])
+
+
 def test_a_narrowed_library_gives_the_same():
     """As after a vector index: the union of all queries' hits is enough."""
     prototypes, queries = library(300), normal(20, 16, seed=1)

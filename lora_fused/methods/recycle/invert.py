@@ -139,7 +139,7 @@ def _descend(
         load_optimizer(optimizer, found)
     with contextlib.ExitStack() as stack:
         stack.enter_context(objective.in_force())
-        if done > begin:
+        if begin < done < steps:  # a block of pruning without a forward is refused
             stack.enter_context(prune)
         for step in range(done, steps):
             if step == begin:

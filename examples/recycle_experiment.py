@@ -44,7 +44,7 @@ class Settings:
     teacher_batch: int = 16
     teacher_rate: float = 3e-3
     per_class: int = 8  # images made of a class
-    invert_steps: int = 200
+    invert_steps: int = 120
     invert_rate: float = 0.1
     prior_weight: float = 0.01
     prior_images: int = 8  # of a class of the development, for a prior that needs some

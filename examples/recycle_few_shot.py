@@ -38,7 +38,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATE = {"linear": 4, "lora": 3, "full": 1}
 RATE_OF = {"lorahub": "linear"}
 # What costs less where the base costs more; an option overrides it for all bases.
-OF_BASE = {"efficientnet": {"invert_steps": 150, "tuned_steps": 15, "hub_candidates": 20}}
+OF_BASE = {"efficientnet": {"tuned_steps": 15, "hub_candidates": 20}}
 COLUMNS = [
     "recipe",
     "phase",
@@ -86,7 +86,7 @@ class Run:
     def all(self) -> None:
         """Everything that is missing: without tuning first, then what costs most.
 
-        So what a budget cuts off is tuned episodes, never a set.
+        So what a budget cuts off is tuned episodes, never a method or a set.
         """
         for name in self.experiment.names:
             make = functools.partial(self.experiment.teacher, name)
@@ -100,9 +100,11 @@ class Run:
                 for shots in self.options.shots:
                     make = functools.partial(self.experiment.free, method, name, shots)
                     self.cell(make, phase="cell", set=name, shots=shots, method=method)
-        for shots, method in ((s, m) for s in self.options.shots for m in TUNED if m in wanted):
-            for name in self.options.sets:
-                for part, first, count in self._parts():
+        for part, first, count in self._parts():
+            for shots, method, name in itertools.product(
+                self.options.shots, TUNED, self.options.sets
+            ):
+                if method in wanted:
                     rates = self.rate(method), self.rate("linear")
                     what = method, name, shots, rates, first, count
                     make = functools.partial(self.experiment.tuned, *what)

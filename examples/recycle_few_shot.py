@@ -38,7 +38,16 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATE = {"linear": 4, "lora": 3, "full": 1}
 RATE_OF = {"lorahub": "linear"}
 # What costs less where the base costs more; an option overrides it for all bases.
-OF_BASE = {"efficientnet": {"tuned_steps": 15, "hub_candidates": 20}}
+OF_BASE = {
+    "efficientnet": {
+        "teacher_steps": 60,
+        "per_class": 6,
+        "invert_steps": 80,
+        "distil_steps": 200,
+        "tuned_steps": 10,
+        "hub_candidates": 20,
+    }
+}
 COLUMNS = [
     "recipe",
     "phase",

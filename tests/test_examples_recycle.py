@@ -175,6 +175,19 @@ def test_all_methods_meet_the_same_episodes(experiment):
     assert float(again["minus_frozen"]) == 0  # it began anew
 
 
+def test_peft_loads_a_meta_lora(experiment):
+    peft = pytest.importorskip("peft")
+    one = experiment("peft")
+    for name in one.names:
+        one.teacher(name)
+    handle, images = one.meta("meta-mixed"), one.set("unseen")[0][:4]
+    with torch.no_grad(), handle.mix("meta"):
+        ours = handle.model(images)
+    frozen = one.model(images)
+    theirs = peft.PeftModel.from_pretrained(one.model, one.cache / "meta-mixed").eval()(images)
+    assert (theirs - ours).abs().max() < 1e-4 < (frozen - ours).abs().max()
+
+
 def test_the_classes_are_disjoint(experiment):
     images = experiment("split").images
     teachers = [c for own in images.teachers for c in own]

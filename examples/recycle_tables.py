@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from recycle_methods import FREE, TUNED
+from resumable import interval
 from small_vit import MEAN, SPREAD
 
 from lora_fused.methods.recycle import Pool
@@ -66,10 +67,9 @@ def found(rows: Iterable[dict]) -> dict:
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    """Mean and half of Student's interval: of a few episodes it is wider than the normal one."""
+    mean, half = interval(values)
+    return mean, math.nan if half is None else half
 
 
 def tables(told: dict) -> str:

@@ -202,8 +202,7 @@ class PackedStore:
 
     def _places(self, number: int) -> Iterator[tuple[str, int, int]]:
         """File, offset and size of all that a record names."""
-        slot = bytes_of(self._take("index", number * SLOT, SLOT))
-        yield "texts", *(int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
+        yield "texts", *self._slot(number)
         text = self._text(number, f"record {number} in {self._folder}")
         for file, at, rank, _ in text["modules"].values():
             i, o, kind = _FILE.fullmatch(file).group(2, 3, 4)
@@ -237,9 +236,13 @@ class PackedStore:
             raise invalid(OP, where, "match its checksum", "other bytes than written")
         return adapter
 
-    def _text(self, number: int, where: str) -> dict:
+    def _slot(self, number: int) -> tuple[int, int]:
+        """Where a record's text lies: offset and size; no size: there is no such record."""
         slot = bytes(bytes_of(self._take("index", number * SLOT, SLOT)))
-        offset, size = (int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
+        return tuple(int.from_bytes(slot[i : i + 8], "little") for i in (0, 8))
+
+    def _text(self, number: int, where: str) -> dict:
+        offset, size = self._slot(number)
         if not size:
             raise invalid(
                 OP, where, "be there", "none (removed or replaced, and compacted: refresh)"

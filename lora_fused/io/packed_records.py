@@ -151,18 +151,25 @@ def _packed(folder: Path, adapter: Adapter, tails: dict[str, _Tail]) -> tuple[di
             raise invalid(OP, f"dtype of {module!r} in {adapter.name!r}", rule, a.dtype)
         kind = str(a.dtype).removeprefix("torch.") + ("-embedding" if part.embedding else "")
         file = f"{a.shape[1]}x{b.shape[1]}-{kind}"
-        tail = tails.setdefault(file, _Tail(folder / file))
+        tail = _tail(folder, file, tails)
         at = tail.put(bytes_of(a))
         tail.put(bytes_of(b))
         modules[module] = [file, at, len(a), part.scale]
         total += a.nbytes + b.nbytes
     for path, tensor in adapter.saved.items():
-        tail = tails.setdefault("saved", _Tail(folder / "saved"))
+        tail = _tail(folder, "saved", tails)
         tail.align()
         kind = str(tensor.dtype).removeprefix("torch.")
         saved[path] = [tail.put(bytes_of(tensor)), kind, list(tensor.shape)]
         total += tensor.nbytes
     return {"modules": modules, "saved": saved}, total
+
+
+def _tail(folder: Path, file: str, tails: dict[str, _Tail]) -> _Tail:
+    """The one of this file; the file's end is looked up once."""
+    if file not in tails:
+        tails[file] = _Tail(folder / file)
+    return tails[file]
 
 
 def _json(adapter: Adapter, text: dict) -> bytes:

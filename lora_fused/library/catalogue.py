@@ -111,8 +111,8 @@ class Catalogue:
     def of(self, names: Sequence[str]) -> list[Entry]:
         if len(names) > _FEW:
             wanted = set(names)
-            return [entry for entry in self._entries(None) if entry.name in wanted]
-        return self._entries(named(names)) if names else []
+            return [entry for entry in self.entries(None) if entry.name in wanted]
+        return self.entries(named(names)) if names else []
 
     def selected(self, filter: str | None, tags: Sequence[str]) -> str | None:
         """A condition that all rows meet of the entries of which a filter finds any."""
@@ -122,13 +122,7 @@ class Catalogue:
         return named(self._read(["name"], where)["name"].unique().to_pylist())
 
     def entries(self, where: str | None) -> list[Entry]:
-        """Entries of which a condition finds a row, all by name."""
-        if where is not None:
-            found = self._read(["name"], where)["name"].unique().to_pylist()
-            return self.of(found)
-        return self._entries(None)
-
-    def _entries(self, where: str | None) -> list[Entry]:
+        """Entries, all by name, of which a condition holds for all rows (see ``selected``)."""
         found = self._read(list(FACTS), where).to_pylist()
         counts: dict[str, dict[int, int]] = {}
         for row in found:

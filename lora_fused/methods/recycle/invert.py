@@ -198,7 +198,7 @@ class Objective:
 
 def _weights(handle, heads: Mapping[str, tuple], prior: Prior) -> Iterator[Tensor]:
     """Every tensor that the losses depend on."""
-    yield from (p for _, p in handle.model.named_parameters())
+    yield from handle.model.parameters()
     for name, head in heads.items():
         yield from (t for t in head if t is not None)
         for part in handle.bank.adapter(name).modules.values():

@@ -23,6 +23,11 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle", help="Also read .bin files (torch.load, weights_only=True)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 SHARED_NOTE = (

@@ -68,6 +68,28 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def say(text: str) -> None:
+    """A line on stdout as it is, however long."""
+    stdout().print(text, markup=False, soft_wrap=True)
+
+
+def say_facts(told: dict) -> None:
+    """A line each."""
+    for name, fact in told.items():
+        if isinstance(fact, (dict, list)):
+            fact = json.dumps(fact)
+        shown = f"{fact:.4g}" if isinstance(fact, float) else fact
+        say(f"{name.replace('_', ' ')}: {'-' if fact is None else shown}")
+
+
+def check_page(path: str, op: str, option: str) -> None:
+    """Before anything is computed: a page goes into a folder that is there, and is none itself."""
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{op}: no such folder: {Path(path).absolute().parent}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{op}: {option} names a folder: {path}")
+
+
 def check_writable(path: str | os.PathLike, op: str) -> None:
     """Before anything is computed: try whether a file or folder can be made at this path."""
     folder = Path(path).absolute().parent

@@ -2,16 +2,25 @@
 
 import dataclasses
 import datetime
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_fused.checks import invalid
-from lora_fused.cli.adapters import AllowPickle, AsJson, Quiet
+from lora_fused.cli.adapters import AllowPickle, AsJson, Overwrite, Quiet
 from lora_fused.cli.base_model import asked, load_base, steps
-from lora_fused.cli.console import Reporter, check_writable, finite, print_json, stdout, table
+from lora_fused.cli.console import (
+    Reporter,
+    check_page,
+    check_writable,
+    finite,
+    print_json,
+    say,
+    say_facts,
+    stdout,
+    table,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,7 +95,7 @@ def create(
         **options,
     )
     told = _space(uri, library.space)
-    print_json(told) if as_json else _say_facts(told)
+    print_json(told) if as_json else say_facts(told)
 
 
 @app.command()
@@ -241,7 +250,7 @@ def stats(uri: Uri, store: Store = None, as_json: AsJson = False) -> None:
         print_json(told)
         return
     tags = [[tag, count] for tag, count in told.pop("tags").items()]
-    _say_facts(told)
+    say_facts(told)
     stdout().print(table("", {"tag": "left", "entries": "right"}, tags))
 
 
@@ -250,7 +259,7 @@ def export(
     uri: Uri,
     names: Names,
     output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     store: Store = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -297,7 +306,7 @@ def compact(
         built = library.index() if index else False
         advance(1)
     told = {"disk_before": before, "disk": library.stats().disk, "indexed": built}
-    print_json(told) if as_json else _say_facts(told)
+    print_json(told) if as_json else say_facts(told)
 
 
 @app.command()
@@ -322,7 +331,8 @@ def atlas(
     from lora_fused.library.atlas import make_atlas
     from lora_fused.methods.rpe import retrieve, weigh
 
-    check_page(output, "library atlas")
+    check_page(output, "library atlas", "--output")
+    check_writable(output, "library atlas")
     library, chosen = open_library(uri, store), None
     entries, prototypes = selected(library, where, tags)
     if inputs is not None or text:
@@ -337,7 +347,7 @@ def atlas(
         "variance_shown": sum(made.explained),
         "clusters": [cluster.size for cluster in made.clusters],
     }
-    print_json(told) if as_json else _say_facts(told)
+    print_json(told) if as_json else say_facts(told)
 
 
 def open_library(uri: str, store: str | None):
@@ -357,24 +367,11 @@ def selected(library, where: str | None, tags: list[str] | None) -> tuple[list, 
     return entries, library.prototypes(names)
 
 
-def check_page(path: str, op: str) -> None:
-    """Before anything is computed: what could not be written would be lost at the end."""
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{op}: no such folder: {Path(path).absolute().parent}")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{op}: --output names a folder: {path}")
-    check_writable(path, op)
-
-
 def facts(entry) -> dict:
     """An entry as JSON."""
     told = dataclasses.asdict(entry)
     times = {key: told[key].isoformat() for key in ("created", "updated")}
     return {**told, **times, "tags": list(entry.tags), "counts": list(entry.counts)}
-
-
-def say(text: str) -> None:
-    stdout().print(text, markup=False, soft_wrap=True)
 
 
 def _row(entry) -> list[object]:
@@ -386,11 +383,3 @@ def _space(uri: str, space) -> dict:
     told = {name: getattr(space, name) for name in ("size", "base", "fingerprint", "minimum")}
     names = ("layer", "pooling", "normalize", "max_length")
     return {"library": uri, **told, **{name: getattr(space, name) for name in names}}
-
-
-def _say_facts(told: dict) -> None:
-    for name, fact in told.items():
-        if isinstance(fact, (dict, list)):
-            fact = json.dumps(fact)
-        shown = f"{fact:.4g}" if isinstance(fact, float) else fact
-        say(f"{name.replace('_', ' ')}: {'-' if fact is None else shown}")

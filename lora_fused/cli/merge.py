@@ -1,6 +1,5 @@
 """``lora-fused merge``: several PEFT folders into one."""
 
-import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +8,8 @@ import typer
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
-from lora_fused.cli.adapters import AllowPickle, Quiet
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.adapters import AllowPickle, Overwrite, Quiet
+from lora_fused.cli.console import Reporter, finite, print_json, stdout, table
 
 _DEFAULT = "cat"
 _SHOWN = 20  # adapters
@@ -55,7 +54,7 @@ def merge(
     recipe: Annotated[
         str | None, typer.Option(help="A YAML file with adapters and options, in place of both.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Merge and report, but write nothing.")
     ] = False,
@@ -222,7 +221,7 @@ def _write(merged, target: Path, overwrite: bool, found: list[Path], options: di
     record = {"combination_type": report.combination_type, **report.options}
     record |= {key: options[key] for key in ("dtype", "saved_modules") if key in options}
     pairs = list(zip(found, report.weights.values(), strict=True))
-    write_recipe(target, pairs, record, _figures(report))
+    write_recipe(target, pairs, record, figures(report))
 
 
 def _told(report, target: Path | None, found: list[Path]) -> dict:
@@ -232,26 +231,19 @@ def _told(report, target: Path | None, found: list[Path]) -> dict:
         "combination_type": report.combination_type,
         "adapters": [{"name": n, "path": str(path), "weight": w} for path, (n, w) in adapters],
         "options": report.options,
-        **_figures(report),
-        "modules": {module: _finite(part._asdict()) for module, part in report.modules.items()},
+        **figures(report),
+        "modules": {module: finite(part._asdict()) for module, part in report.modules.items()},
     }
 
 
-def _figures(report) -> dict:
-    figures = {
+def figures(report) -> dict:
+    """What a merge kept, as JSON can hold it: the error of what should be zero is None."""
+    told = {
         "rank": list(report.ranks),
         "energy": report.energy,
         "error_to_exact": report.error_to_exact,
     }
-    return _finite(figures)
-
-
-def _finite(facts: dict) -> dict:
-    """JSON has no infinity: the error of what should be zero is None."""
-    return {
-        key: None if isinstance(value, float) and math.isinf(value) else value
-        for key, value in facts.items()
-    }
+    return finite(told)
 
 
 def _show(report, target: Path | None) -> None:

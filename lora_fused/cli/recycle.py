@@ -7,8 +7,8 @@ import typer
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import check_whole
-from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
+from lora_fused.cli.console import Reporter, print_json, say_facts, stdout, table
 from lora_fused.cli.merge import load
 from lora_fused.cli.recycle_run import (
     check_files,
@@ -36,12 +36,7 @@ Model = Annotated[
         "local-dir:PATH is a folder).",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
-]
 CheckpointPath = Annotated[
     str | None, typer.Option("--checkpoint", help="Write the run's state to this file.")
 ]
@@ -222,7 +217,8 @@ def distil(
     result = {"for": type(vision.model).__name__, "targets": ", ".join(modules)}
     result |= _distilled_facts(found) | {"seconds": clock[0]}
     write_record(target / "recycle.json", record | {"sparse_tokens": sparse_tokens}, result)
-    _tell({"path": output, **result}, as_json)
+    told = {"path": output, **result}
+    print_json(told) if as_json else say_facts(told)
 
 
 @app.command(name="eval")
@@ -305,13 +301,4 @@ def _tell_pool(facts: dict, as_json: bool) -> None:
         for name, one in teachers.items()
     ]
     stdout().print(table("", columns, rows))
-    _tell({name: fact for name, fact in facts.items() if fact is not None}, False)
-
-
-def _tell(facts: dict, as_json: bool) -> None:
-    if as_json:
-        print_json(facts)
-        return
-    for name, fact in facts.items():
-        told = f"{fact:.4g}" if isinstance(fact, float) else fact
-        stdout().print(f"{name.replace('_', ' ')}: {told}", markup=False, soft_wrap=True)
+    say_facts({name: fact for name, fact in facts.items() if fact is not None})

@@ -6,7 +6,7 @@ import math
 import torch
 from rich.table import Table
 
-from lora_fused.cli.console import Reporter, table
+from lora_fused.cli.console import Reporter, finite, table
 
 
 def scores(vision, handle, data, drawn, shots: int, options: dict, reporter: Reporter) -> list:
@@ -35,17 +35,13 @@ def _embed(vision, handle, data, *, batch_size: int, device: str, reporter: Repo
 
 def _score(name: str | None, one, frozen) -> dict:
     row = {"features": name or "frozen model", "accuracy": one.accuracy}
-    row |= {"interval": _finite(one.interval), "gain": None, "gain_interval": None}
+    row |= {"interval": one.interval, "gain": None, "gain_interval": None}
     if name is not None:
         differences = one.accuracies - frozen.accuracies
         row["gain"] = float(differences.mean())
         spread = float(differences.std()) if len(differences) > 1 else math.nan
-        row["gain_interval"] = _finite(1.96 * spread / math.sqrt(len(differences)))
-    return row
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        row["gain_interval"] = 1.96 * spread / math.sqrt(len(differences))
+    return finite(row)
 
 
 def _interval(value: float, half: float | None, sign: str = "") -> str:

@@ -11,9 +11,9 @@ import torch
 import typer
 
 from lora_fused.checks import invalid
-from lora_fused.cli.adapters import AsJson, Quiet
+from lora_fused.cli.adapters import AsJson, Overwrite, Quiet
 from lora_fused.cli.base_model import asked, read_texts
-from lora_fused.cli.console import Reporter, check_writable, print_json
+from lora_fused.cli.console import Reporter, check_writable, print_json, say
 from lora_fused.cli.library import (
     Field,
     Filter,
@@ -24,9 +24,9 @@ from lora_fused.cli.library import (
     Text,
     Uri,
     open_library,
-    say,
     selected,
 )
+from lora_fused.cli.merge import figures
 
 FILE = "retrieval.yaml"
 _WHOLE = 100_000  # entries up to which all prototypes are compared
@@ -72,7 +72,7 @@ def retrieve(
         str, typer.Option("--type", "-t", help="Of --apply: cat (exact), or svd with --rank.")
     ] = "cat",
     rank: Annotated[int | None, typer.Option(min=1, help="Of --type svd.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     model: Model = None,
     store: Store = None,
     as_json: AsJson = False,
@@ -242,9 +242,4 @@ def _shown(explained, hint: str) -> str:
 
 
 def _result(report) -> dict:
-    return {
-        "combination_type": report.combination_type,
-        "rank": list(report.ranks),
-        "energy": report.energy,
-        "error_to_exact": report.error_to_exact,
-    }
+    return {"combination_type": report.combination_type, **figures(report)}

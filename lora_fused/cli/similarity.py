@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.console import Reporter, check_page, print_json, say, stdout, table
 
 
 def similarity(
@@ -30,10 +30,8 @@ def similarity(
     from lora_fused.io.find import expand
     from lora_fused.methods.similarity import compare_adapters, principal_angles
 
-    if html is not None and not Path(html).absolute().parent.is_dir():
-        raise FileNotFoundError(f"similarity: no such folder: {Path(html).absolute().parent}")
-    if html is not None and Path(html).is_dir():
-        raise IsADirectoryError(f"similarity: --html names a folder: {html}")
+    if html is not None:
+        check_page(html, "similarity", "--html")
     reporter, found = Reporter(quiet), expand(paths)
     bank = load(found, reporter, any_base, allow_pickle)
     with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:
@@ -47,7 +45,7 @@ def similarity(
         return
     _show(result, angles, top)
     if html is not None:
-        _say(f"heat maps: {html}")
+        say(f"heat maps: {html}")
 
 
 def _told(result, found: list[Path], angles: dict) -> dict:
@@ -86,9 +84,9 @@ def _show(result, angles: dict, top: int) -> None:
     title = f"{len(pairs)} of {count * (count - 1) // 2} pairs, most alike first"
     stdout().print(table(title, columns, rows))
     chance = f"{_figure(result.chance_inputs)} and {_figure(result.chance_outputs)}"
-    _say(f"spaces: mean squared cosine of the principal angles; random ones have {chance}")
+    say(f"spaces: mean squared cosine of the principal angles; random ones have {chance}")
     for note in result.notes():
-        _say(note)
+        say(note)
     if angles:
         rows = [
             [module, *(_span(sides[side]) for side in ("inputs", "outputs"))]
@@ -105,7 +103,3 @@ def _figure(value: float) -> str:
 def _span(angles) -> str:
     degrees = angles.rad2deg()
     return f"{float(degrees[0]):.1f} to {float(degrees[-1]):.1f}"
-
-
-def _say(text: str) -> None:
-    stdout().print(text, markup=False, soft_wrap=True)

@@ -6,17 +6,12 @@ from typing import Annotated
 import typer
 
 from lora_fused.adapters import AdapterBank
-from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
+from lora_fused.cli.console import Reporter, print_json, say, stdout, table
 
 app = typer.Typer(no_args_is_help=True, help="Fit, use and judge one basis for many adapters.")
 
 Folder = Annotated[str, typer.Argument(metavar="SUBSPACE", help="A folder that fit has written.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
-]
 
 
 @app.command()
@@ -64,7 +59,7 @@ def fit(
     facts = {"path": str(path), **_facts(subspace), "error": errors.overall}
     _tell(facts, {"adapter": "error"}, errors.adapters, as_json, "errors")
     if not as_json:
-        _say("An error of adapters in the fit says little: see lora-fused subspace report.")
+        say("An error of adapters in the fit says little: see lora-fused subspace report.")
 
 
 @app.command()
@@ -147,7 +142,7 @@ def reconstruct(
         print_json({"written": [str(path) for path in written]})
         return
     for path in written:
-        _say(str(path))
+        say(str(path))
 
 
 @app.command()
@@ -216,9 +211,9 @@ def report(
     if as_json:
         print_json(made.to_dict())
         return
-    _say(str(made))
+    say(str(made))
     if html is not None:
-        _say(f"\nplots and tables: {html}")
+        say(f"\nplots and tables: {html}")
 
 
 @app.command()
@@ -249,7 +244,7 @@ def bench(
     ]
     columns = {"what": "left", "adapters": "right", "subspace": "right", "ratio": "right"}
     stdout().print(table(title, columns, cells))
-    _say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
+    say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
 
 
 def _check_target(output: str | None, overwrite: bool) -> None:
@@ -315,7 +310,7 @@ def _tell(facts: dict, columns: dict, values: dict, as_json: bool, key: str) -> 
 
 def _say_facts(facts: dict) -> None:
     for name, fact in facts.items():
-        _say(f"{name.replace('_', ' ')}: {_plain(fact)}")
+        say(f"{name.replace('_', ' ')}: {_plain(fact)}")
 
 
 def _plain(value: object) -> str:
@@ -330,7 +325,3 @@ def _plain(value: object) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _say(text: str) -> None:
-    stdout().print(text, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from composition_few_shot_methods import METHODS, FewShot, Settings
 from composition_few_shot_plot import svg
 from composition_few_shot_tables import found, tables
 from resumable import Results, best_rate
-from text_command import experiment_of, parser_of, resumed, words
+from text_command import experiment_of, parser_of, resumed, unknown, words
 
 from lora_fused.cli.console import Reporter
 
@@ -119,13 +119,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def wrong(options: argparse.Namespace, experiment: FewShot) -> str | None:
     """What is wrong with the options, in words."""
     unseen = [task for task in experiment.tasks if task not in experiment.development]
-    for label, values, known in (
-        ("task", options.tasks, unseen),
-        ("method", options.methods, METHODS),
-    ):
-        for value in values:
-            if value not in known:
-                return f"no such {label}: {value}; there are {', '.join(known)}"
+    if error := unknown(task=(options.tasks, unseen), method=(options.methods, METHODS)):
+        return error
     for value in options.shots:
         if value != "full" and not (value.isdigit() and int(value)):
             return f"shots are numbers above 0 or 'full', got {value}"

@@ -132,14 +132,14 @@ def _claims(data: Found) -> str:
         cells = []
         for s in data.shots:
             span, _ = difference(data, s, one, other)
-            cells.append("" if span is None else f"{_points(span)}: {better(span)}")
+            cells.append("" if span is None else f"{points(span)}: {better(span)}")
         if any(cells):
             rows.append([told, *cells])
     span, _ = difference(data, "full", "learned", "lora")
     if span is not None:
         blank = [""] * (len(data.shots) - 1)
         rows.append(
-            ["learned is comparable to lora", *blank, f"{_points(span)}: {comparable(span)}"]
+            ["learned is comparable to lora", *blank, f"{points(span)}: {comparable(span)}"]
         )
     title = "Differences in points of accuracy, 95 % interval over tasks (a task's seeds averaged)"
     return _table(title, ["claim", *data.shots], rows)
@@ -178,14 +178,21 @@ def _span(pair: Sequence[float | None] | None) -> str:
     return f"{pair[0]:.3f}" + ("" if pair[1] is None else f" ± {pair[1]:.3f}")
 
 
-def _points(pair: Sequence[float | None]) -> str:
+def points(pair: Sequence[float | None] | None) -> str:
+    """Mean and half interval as points of accuracy, signed."""
+    if pair is None:
+        return ""
     return f"{100 * pair[0]:+.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    return f"{title}:\n\n{grid(columns, rows)}"
+
+
+def grid(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, its columns as wide as what they hold."""
     widths = [max(len(r[i]) for r in [columns, *rows]) for i in range(len(columns))]
     lines = [columns, ["-" * w for w in widths], *rows]
-    told = [
+    return "\n".join(
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in lines
-    ]
-    return "\n".join([f"{title}:", "", *told])
+    )

@@ -15,7 +15,7 @@ import sys
 from resumable import Results
 from rpe_ensembles import METHODS, RETRIEVED, LeaveOneOut, Settings, Way, ensemble_key, way
 from rpe_tables import tables
-from text_command import experiment_of, parser_of, resumed
+from text_command import experiment_of, parser_of, resumed, unknown
 
 from lora_fused.cli.console import Reporter
 
@@ -107,26 +107,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser_of(__doc__.splitlines()[0], Settings, **common).parse_args(argv)
 
 
-def wrong(options: argparse.Namespace, experiment: LeaveOneOut) -> str | None:
-    """What is wrong with the options, in words."""
-    for label, values, known in (
-        ("task", options.tasks, list(experiment.tasks)),
-        ("method", options.methods, METHODS),
-    ):
-        for value in values:
-            if value not in known:
-                return f"no such {label}: {value}; there are {', '.join(known)}"
-    return None
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     experiment = experiment_of(LeaveOneOut, Settings, options)
-    if error := wrong(options, experiment):
+    tasks = list(experiment.tasks)
+    if error := unknown(task=(options.tasks, tasks), method=(options.methods, METHODS)):
         print(error, file=sys.stderr)
         return 2
     results = resumed(run, experiment, options, rates=(), columns=COLUMNS, key=KEY)
-    print(tables(results.rows.values(), list(experiment.tasks), experiment.settings.k))
+    print(tables(results.rows.values(), tasks, experiment.settings.k))
     return 0
 
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from composition_few_shot_tables import better
+from composition_few_shot_tables import better, grid, points
 from resumable import interval
 from rpe_ensembles import RETRIEVED, Way, way
 
@@ -167,7 +167,7 @@ def _differences(data: Found, pool: str) -> str:
     for name, values in columns.items():
         if name not in ("base", *(["random"] if pool == "all" else [])):
             spans = [difference(values, columns[other])[0] for other in against]
-            cells = ("" if name == o else _points(s) for s, o in zip(spans, against, strict=True))
+            cells = ("" if name == o else points(s) for s, o in zip(spans, against, strict=True))
             ahead = [t for t in values if t in columns["base"]]
             won = sum(values[t] > columns["base"][t] for t in ahead)
             lost = sum(values[t] < columns["base"][t] for t in ahead)
@@ -184,7 +184,7 @@ def _claims(data: Found) -> str:
         told = claim if "beat" in claim else f"{one} beats {other}"
         told += " (own in the pool)" if pool == "all" else ""
         span, count = difference(columns[one], columns[other])
-        rows.append([told, _points(span), str(count), better(span)])
+        rows.append([told, points(span), str(count), better(span)])
     return _table("Claims", ["claim", "points", "tasks", "holds"], rows)
 
 
@@ -194,7 +194,7 @@ def _by_k(data: Found) -> str:
     base, rows = data.of(Way("base")), []
     for method in RETRIEVED:
         spans = [difference(data.of(way(method, k)), base)[0] for k in ks]
-        rows.append([method, *map(_points, spans)])
+        rows.append([method, *map(points, spans)])
     title = "Points above the base by k, the own adapter left out, strength 1 in raw units"
     return _table(title, ["", *map(str, ks)], rows)
 
@@ -214,7 +214,7 @@ def _by_strength(data: Found) -> str:
         name = "temperature" if how.method == "similarity" else "l1"
         negative, count = (_mean(data.of(how, c)) for c in ("negative_mass", "adapters"))
         span, _ = difference(data.of(how), base)
-        cells = [f"{how.value:g}", _points(span), f"{count:.1f}", f"{negative:.3f}"]
+        cells = [f"{how.value:g}", points(span), f"{count:.1f}", f"{negative:.3f}"]
         rows.append([name, how.units, *cells])
     title = f"Points above the base by strength, k = {data.k}, the own adapter left out"
     columns = ["", "units", "value", "minus base", "adapters", "negative mass"]
@@ -231,7 +231,7 @@ def _by_input(data: Found) -> str:
         count = _mean(data.of(how, "adapters"))
         label = how.method if how.method == "nearest" else f"{how.method}, k = {how.k}"
         pool = "left out" if how.pool == "others" else "in the pool"
-        rows.append([label, pool, *map(_points, spans), f"{count:.1f}"])
+        rows.append([label, pool, *map(points, spans), f"{count:.1f}"])
     title = "An ensemble for each test row against one for the task, in points"
     columns = ["", "own adapter", "per task", "per input", "input minus task", "adapters"]
     return _table(title, columns, rows)
@@ -261,7 +261,7 @@ def _by_distance(data: Found) -> str:
         row = data.told[how][task]
         facts = [f"{float(row[c]):.2f}" for c in ("distance", "hull")]
         warned = [f"{data.of(how, 'warned')[task]:.0%}", f"{own[task]:.0%}" if task in own else ""]
-        told = [_points([v[task], None]) if task in v else "" for v in gained.values()]
+        told = [points([v[task], None]) if task in v else "" for v in gained.values()]
         yes = {"True": "yes", "False": "no"}.get(row["outside"], "")
         rows.append([task, row["nearest"], *facts, row["place"], yes, *warned, *told])
     title = "How far each task is from the others, and points above the base"
@@ -302,7 +302,7 @@ def _by_features(data: Found) -> str:
             data.of(way(method, data.k, features=features)) for features in ("raw", "unit")
         )
         spans = (difference(raw, base), difference(unit, base), difference(unit, raw))
-        rows.append([method, *(_points(span) for span, _ in spans)])
+        rows.append([method, *(points(span) for span, _ in spans)])
     columns = ["", "raw minus base", "unit minus base", "unit minus raw"]
     return _table("Features of unit length in place of raw ones, in points", columns, rows)
 
@@ -323,16 +323,5 @@ def _half(pair: Sequence[float | None] | None) -> str:
     return "" if pair is None or pair[1] is None else f"{pair[1]:.3f}"
 
 
-def _points(pair: Sequence[float | None] | None) -> str:
-    if pair is None:
-        return ""
-    return f"{100 * pair[0]:+.1f}" + ("" if pair[1] is None else f" ± {100 * pair[1]:.1f}")
-
-
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(r[i]) for r in [columns, *rows]) for i in range(len(columns))]
-    lines = [columns, ["-" * w for w in widths], *rows]
-    told = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in lines
-    ]
-    return "\n".join([f"**{title}**", "", *told])
+    return f"**{title}**\n\n{grid(columns, rows)}"

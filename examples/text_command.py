@@ -37,6 +37,15 @@ def parser_of(
     return parser
 
 
+def unknown(**asked: tuple[Sequence[str], Sequence[str]]) -> str | None:
+    """The first value that is not among the known ones, in words: ``task=(values, known)``."""
+    for label, (values, known) in asked.items():
+        for value in values:
+            if value not in known:
+                return f"no such {label}: {value}; there are {', '.join(known)}"
+    return None
+
+
 def words(text: str) -> list[str]:
     return text.split(",")
 

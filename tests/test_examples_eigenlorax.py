@@ -31,12 +31,9 @@ def run(example, folder, capsys):
     """run("a.csv", "--seeds", 1) -> the rows of the CSV without times, and the summary."""
 
     def call(name, *options):
-        path = folder / name
-        where = ("--csv", path, "--data", folder, "--model", folder / "model")
-        always = ("--cache", folder / "cache", "--methods", METHODS, "--json", "-q")
-        small = [f"--{name}={value}" for name, value in SMALL.items()]
-        assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
-        return text_tasks.rows_of(path), json.loads(capsys.readouterr().out)
+        always = ("--methods", METHODS, "--json")
+        rows = text_tasks.run(example, folder, SMALL, name, *always, *options)
+        return rows, json.loads(capsys.readouterr().out)
 
     return call
 

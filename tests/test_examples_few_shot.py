@@ -42,12 +42,8 @@ def run(example, folder):
     """run("a.csv", "--seeds", 1) -> the rows of the CSV, without times."""
 
     def call(name, *options):
-        path = folder / name
-        where = ("--csv", path, "--data", folder, "--model", folder / "model")
-        always = ("--cache", folder / "cache", "--shots", SHOTS, "--seeds", 1, "-q")
-        small = [f"--{name}={value}" for name, value in SMALL.items()]
-        assert example.main([str(o) for o in (*where, *always, *small, *options)]) == 0
-        return text_tasks.rows_of(path)
+        always = ("--shots", SHOTS, "--seeds", 1)
+        return text_tasks.run(example, folder, SMALL, name, *always, *options)
 
     return call
 

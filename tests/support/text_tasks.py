@@ -6,7 +6,7 @@ import importlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +51,16 @@ def example(name: str) -> Iterator[ModuleType]:
     sys.path.insert(0, str(ROOT / "examples"))
     yield importlib.import_module(name)
     sys.path.remove(str(ROOT / "examples"))
+
+
+def run(module: ModuleType, folder: Path, small: Mapping, name: str, *options) -> list[dict]:
+    """Run an experiment on the folder's tasks at a small size; the rows of its CSV ``name``."""
+    path = folder / name
+    where = ("--csv", path, "--data", folder, "--model", folder / "model")
+    sizes = [f"--{option}={value}" for option, value in small.items()]
+    always = ("--cache", folder / "cache", "-q", *sizes)
+    assert module.main([str(o) for o in (*where, *always, *options)]) == 0
+    return rows_of(path)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from composition_few_shot_methods import METHODS, FewShot, Settings
 from composition_few_shot_plot import svg
 from composition_few_shot_tables import found, tables
-from resumable import Results, best_rate
-from text_command import experiment_of, parser_of, resumed, unknown, words
+from resumable import Results, best_rate, unknown, words
+from text_command import experiment_of, parser_of, resumed
 
 from lora_fused.cli.console import Reporter
 

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -25,13 +24,10 @@ from recycle_bases import BASES
 from recycle_experiment import METAS, Settings, recipe_name
 from recycle_methods import FREE, SETS, TUNED, FewShot
 from recycle_tables import found, grid, tables
-from resumable import OutOfTime, Results, best_rate, conditions
+from resumable import DATA, OutOfTime, Results, best_rate, conditions, unknown, words
 
 from lora_fused.cli.console import Reporter
 
-DATA = Path(
-    os.environ.get("LORA_FUSED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
 # One rule for all tuned methods: the rate with the best mean accuracy over 1-shot and 5-shot
 # episodes of classes that neither teachers nor tests have, the head's first.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -191,10 +187,6 @@ def _rounded(row: dict) -> dict:
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, required=True, help="rows, appended to")
@@ -218,14 +210,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def wrong(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, in words."""
-    for label, values, known in (
-        ("base", options.bases, BASES),
-        ("method", options.methods, (*FREE, *TUNED)),
-        ("set", options.sets, SETS),
-    ):
-        for value in values:
-            if value not in known:
-                return f"no such {label}: {value}; there are {', '.join(known)}"
+    methods = options.methods, (*FREE, *TUNED)
+    if error := unknown(base=(options.bases, BASES), method=methods, set=(options.sets, SETS)):
+        return error
     if not (options.data / "vision").is_dir():
         return f"no images in {options.data / 'vision'} (LORA_FUSED_DATA or --data)"
     return None

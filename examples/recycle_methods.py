@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,13 @@ from torch import Tensor, nn
 
 from lora_fused import AdapterBank, attach, new_adapter
 from lora_fused.methods import lorahub, uniform
-from lora_fused.methods.recycle import Episodes, draw_episodes, embed, score_episodes
+from lora_fused.methods.recycle import (
+    Episodes,
+    draw_episodes,
+    embed,
+    half_interval,
+    score_episodes,
+)
 
 # Set -> (file, images of a class at most). "development" is what rates are chosen on.
 SETS = {
@@ -60,7 +65,7 @@ class FewShot(Experiment):
             "accuracy": best.accuracy,
             "half_interval": best.interval,
             "minus_frozen": float(off.mean()),
-            "minus_frozen_half_interval": _half(off),
+            "minus_frozen_half_interval": half_interval(off),
             "cpu_seconds": seconds,
         }
 
@@ -199,8 +204,3 @@ class Tuned:
 def _used(name: str) -> bool:
     """Whether features depend on a parameter: on classifiers of the pretraining they do not."""
     return not name.startswith(("head.", "distill.", "net._fc."))
-
-
-def _half(values: Tensor) -> float:
-    """Half of a 95 % interval of the mean, as in ``Episodes``."""
-    return 1.96 * float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -5,16 +5,18 @@ A killed run loses the cell it was in; the next run reads the rest and goes on.
 
 import csv
 import math
+import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LORA_FUSED_DATA", ROOT.parent / "shared" / "data"))
 
 
 class OutOfTime(Exception):
@@ -98,6 +100,19 @@ def best_rate(score: Callable[[float], float], rates: Sequence[float], first: in
             high += 1
         else:
             return rates[best]
+
+
+def unknown(**asked: tuple[Sequence[str], Collection[str]]) -> str | None:
+    """The first value that is not among the known ones, in words: ``task=(values, known)``."""
+    for label, (values, known) in asked.items():
+        for value in values:
+            if value not in known:
+                return f"no such {label}: {value}; there are {', '.join(known)}"
+    return None
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def conditions(threads: int) -> dict:

@@ -12,10 +12,10 @@ of the CSV; a second run does what is missing. docs/rpe.md says what came out.
 import argparse
 import sys
 
-from resumable import Results
+from resumable import Results, unknown
 from rpe_ensembles import METHODS, RETRIEVED, LeaveOneOut, Settings, Way, ensemble_key, way
 from rpe_tables import tables
-from text_command import experiment_of, parser_of, resumed, unknown
+from text_command import experiment_of, parser_of, resumed
 
 from lora_fused.cli.console import Reporter
 

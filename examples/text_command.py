@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from resumable import OutOfTime, Results, conditions
+from resumable import OutOfTime, Results, conditions, words
 from text_experiment import TextExperiment, TextSettings
 
 from lora_fused.cli.console import Reporter
@@ -35,19 +35,6 @@ def parser_of(
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default)
     return parser
-
-
-def unknown(**asked: tuple[Sequence[str], Sequence[str]]) -> str | None:
-    """The first value that is not among the known ones, in words: ``task=(values, known)``."""
-    for label, (values, known) in asked.items():
-        for value in values:
-            if value not in known:
-                return f"no such {label}: {value}; there are {', '.join(known)}"
-    return None
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
 
 
 def experiment_of(

@@ -8,7 +8,6 @@ differ in what else trains.
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import time
 import zlib
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from resumable import DATA
 from torch import Tensor, nn
 
 from lora_fused import AdapterBank, attach, load_adapters
@@ -40,9 +40,6 @@ POOL_ONLY = (
     "reuters_r8",
     "deb_section",
     "wsd_interest",
-)
-DATA = Path(
-    os.environ.get("LORA_FUSED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 
 

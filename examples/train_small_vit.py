@@ -12,7 +12,6 @@ but in the few-shot accuracy that is printed at the end.
 import argparse
 import hashlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from recycle_bases import TRAIN, VALIDATION, Images, load_efficientnet
+from resumable import DATA
 from safetensors.torch import save_file
 from small_vit import SIZE, SmallViT
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from lora_fused.io import Checkpoint
 from lora_fused.methods.recycle import draw_episodes, score_episodes
 from lora_fused.methods.recycle.runs import load_optimizer, optimizer_state
 
-DATA = Path(
-    os.environ.get("LORA_FUSED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
 TEACHER_SIZE = 96
 SHIFT = 4  # pixels that an image is moved by at most
 
@@ -178,11 +175,13 @@ def main(
     told = f"{options.epochs} {options.images} {model}"
     run = hashlib.sha256(told.encode()).hexdigest()[:16]
     held = Checkpoint(options.cache / f"targets-{options.images}.safetensors")
-    if held.read() is None:
+    known = held.read()
+    if known is None:
         say("the teacher's features")
         what = small.base, options.images, model.distill.out_features
-        held.write({"targets": teacher_targets(teacher(folder), large, *what)}, {})
-    data = *small.of(TRAIN, small.base, options.images), held.read()[0]["targets"]
+        known = {"targets": teacher_targets(teacher(folder), large, *what)}, {}
+        held.write(*known)
+    data = *small.of(TRAIN, small.base, options.images), known[0]["targets"]
     training = Training(model, data, epochs=options.epochs)
     path = options.cache / "training.safetensors"
     if not training.run(Checkpoint(path), run, lambda: time.monotonic() < deadline, say):

@@ -1,7 +1,6 @@
 """Few-shot scores of adapters for ``lora-fused recycle eval``, the frozen model beside them."""
 
 import contextlib
-import math
 
 import torch
 from rich.table import Table
@@ -34,13 +33,14 @@ def _embed(vision, handle, data, *, batch_size: int, device: str, reporter: Repo
 
 
 def _score(name: str | None, one, frozen) -> dict:
+    from lora_fused.methods.recycle import half_interval
+
     row = {"features": name or "frozen model", "accuracy": one.accuracy}
     row |= {"interval": one.interval, "gain": None, "gain_interval": None}
     if name is not None:
         differences = one.accuracies - frozen.accuracies
         row["gain"] = float(differences.mean())
-        spread = float(differences.std()) if len(differences) > 1 else math.nan
-        row["gain_interval"] = 1.96 * spread / math.sqrt(len(differences))
+        row["gain_interval"] = half_interval(differences)
     return finite(row)
 
 

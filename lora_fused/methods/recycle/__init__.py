@@ -8,6 +8,7 @@ from lora_fused.methods.recycle.episodes import (
     draw_episodes,
     embed,
     evaluate,
+    half_interval,
     score_episodes,
 )
 from lora_fused.methods.recycle.invert import invert
@@ -38,6 +39,7 @@ __all__ = [
     "draw_episodes",
     "embed",
     "evaluate",
+    "half_interval",
     "invert",
     "label_pool",
     "score_episodes",

@@ -176,6 +176,11 @@ def score_episodes(features: Tensor, drawn: Iterator[Tensor], shots: int) -> Epi
         truth = torch.arange(len(rows), device=own.device).repeat_interleave(queries.shape[1])
         accuracies.append((scores.argmax(-1) == truth).double().mean())
     accuracies = torch.stack(accuracies).cpu()
-    spread = accuracies.std() if len(accuracies) > 1 else torch.tensor(math.nan)
-    interval = 1.96 * float(spread) / math.sqrt(len(accuracies))
-    return Episodes(float(accuracies.mean()), interval, accuracies)
+    return Episodes(float(accuracies.mean()), half_interval(accuracies), accuracies)
+
+
+def half_interval(values: Tensor) -> float:
+    """Half of the 95 % interval of their mean, 1.96 standard errors; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return 1.96 * float(values.std()) / math.sqrt(len(values))

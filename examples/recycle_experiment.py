@@ -176,23 +176,48 @@ class Experiment:
         prune = None
         if kind != "whole":
             prune = prune_tokens(self.handle.model, self.ratios(int(kind.split("-")[1])))
-        some, _ = self.images.of(VALIDATION, self.images.development, s.prior_images)
         with self.checkpoint(f"pool_{kind}") as where:
-            return invert(
-                self.handle,
-                self.heads,
-                per_class=s.per_class,
-                steps=s.invert_steps,
-                size=self.base.size,
-                pixel_range=PIXELS,
-                prior=self.base.prior(self.handle.model, some),
-                prior_weight=s.prior_weight,
-                lr=s.invert_rate,
-                prune=prune,
-                class_names=names,
-                seed=self.seed,
-                **where,
-            )
+            return self._inverted(self.names, s.per_class, self.seed, prune=prune, **where)
+
+    def _inverted(self, names: list[str], per_class: int, seed: int, **more) -> Pool:
+        s, all_names = self.settings, self.class_names()
+        some, _ = self.images.of(VALIDATION, self.images.development, s.prior_images)
+        return invert(
+            self.handle,
+            {name: self.heads[name] for name in names},
+            per_class=per_class,
+            steps=s.invert_steps,
+            size=self.base.size,
+            pixel_range=PIXELS,
+            prior=self.base.prior(self.handle.model, some),
+            prior_weight=s.prior_weight,
+            lr=s.invert_rate,
+            class_names={name: all_names[name] for name in names},
+            seed=seed,
+            **more,
+        )
+
+    def batching(self, kind: str, seed: int) -> dict:
+        """An image of each class, by all teachers in one batch or by each ``"alone"``: its row."""
+
+        def progress(done: int, total: int) -> None:
+            if not self.go_on():
+                raise OutOfTime
+
+        start = time.process_time()
+        batches = [[name] for name in self.names] if kind == "alone" else [self.names]
+        pools = [self._inverted(names, 1, seed, progress=progress) for names in batches]
+        accuracy = [value for pool in pools for value in pool.accuracy().values()]
+        entropies = [F.cross_entropy(p.logits, p.labels, reduction="none") for p in pools]
+        priors = torch.cat([p.losses for p in pools]) - torch.cat(entropies)
+        return {
+            "images": len(priors),
+            "steps": self.settings.invert_steps,
+            "accuracy": sum(accuracy) / len(accuracy),
+            "least": min(accuracy),
+            "last_loss": float(priors.mean()),
+            "cpu_seconds": time.process_time() - start,
+        }
 
     def _given(self, kind: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Teacher -> the images it was trained on, or noise; with labels."""

@@ -105,6 +105,9 @@ class Run:
                 for shots in self.options.shots:
                     make = functools.partial(self.experiment.free, method, name, shots)
                     self.cell(make, phase="cell", set=name, shots=shots, method=method)
+        for part, kind in itertools.product(range(self.options.batching), ("batched", "alone")):
+            make = functools.partial(self.experiment.batching, kind, part)
+            self.cell(make, phase="batching", method=kind, part=part)
         for part, first, count in self._parts():
             for shots, method, name in itertools.product(
                 self.options.shots, TUNED, self.options.sets
@@ -199,6 +202,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shots", type=lambda text: [int(n) for n in words(text)], default=[1, 5])
     parser.add_argument("--minutes", type=float, default=math.inf, help="no cell begins after")
     parser.add_argument("--threads", type=int, default=1)
+    told = "over how many seeds one batch of all teachers is compared with one after another"
+    parser.add_argument("--batching", type=int, default=0, help=told)
     parser.add_argument("--grid", type=Path, help="write surrogate images as PNG into this folder")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--quiet", "-q", action="store_true")

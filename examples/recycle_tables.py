@@ -28,6 +28,7 @@ NAMES = {
     "lora": "LoRA + linear",
     "full": "full fine-tuning",
 }
+PHASES = ("teacher", "pool", "meta", "batching", "ladder")  # besides scores
 
 
 class Score(NamedTuple):
@@ -47,7 +48,7 @@ def found(rows: Iterable[dict]) -> dict:
     """Scores by (base, seed, set, shots, method), tuned parts joined; other rows by phase."""
     scores: dict[Key, Score] = {}
     parts: dict[Key, list[dict]] = {}
-    rest: dict[str, list[dict]] = {"teacher": [], "pool": [], "meta": [], "ladder": []}
+    rest: dict[str, list[dict]] = {p: [] for p in PHASES}
     for row in rows:
         key = row["base"], int(row["seed"]), row["set"], row["shots"], row["method"]
         if row["phase"] == "cell":
@@ -76,7 +77,8 @@ def tables(told: dict) -> str:
     """All tables."""
     bases = dict.fromkeys((key[0], key[1]) for key in told["scores"])
     parts = [text for base, seed in bases for text in _scores(told["scores"], base, seed)]
-    parts += [_pools(told["pool"]), _metas(told["meta"]), _teachers(told["teacher"])]
+    parts += [_pools(told["pool"]), _batching(told["batching"]), _metas(told["meta"])]
+    parts.append(_teachers(told["teacher"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -110,6 +112,28 @@ def _pools(rows: list[dict]) -> str:
     names = "images", "steps", "accuracy", "least", "untrained_head", "cpu_seconds"
     lines = [[f"{r['base']}, {r['method']}", *(_short(r[n]) for n in names)] for r in rows]
     return _table(head, lines) if lines else ""
+
+
+def _batching(rows: list[dict]) -> str:
+    """All teachers in one batch and one after another: means over seeds, and of the differences."""
+    columns = {"accuracy": "own teacher", "last_loss": "weighted prior", "cpu_seconds": "CPU s"}
+    lines = []
+    for base in dict.fromkeys(row["base"] for row in rows):
+        batched, alone = (
+            {r["part"]: r for r in rows if (r["base"], r["method"]) == (base, kind)}
+            for kind in ("batched", "alone")
+        )
+        seeds = [part for part in batched if part in alone]
+        values = {c: [(float(batched[s][c]), float(alone[s][c])) for s in seeds] for c in columns}
+        for title, of in (
+            ("one batch", lambda one, _: one),
+            ("each alone", lambda _, other: other),
+            ("difference", lambda one, other: one - other),
+        ):
+            means = [_mean([of(*pair) for pair in pairs]) for pairs in values.values()]
+            shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in means]
+            lines.append([f"{base}, {title}", str(len(seeds)), *shown])
+    return _table(["inversion of", "seeds", *columns.values()], lines) if lines else ""
 
 
 def _metas(rows: list[dict]) -> str:

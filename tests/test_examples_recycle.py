@@ -111,6 +111,21 @@ def test_it_resumes_as_if_it_had_never_stopped(run, tmp_path, example):
     )
 
 
+def test_one_batch_beside_one_teacher_at_a_time(run):
+    rows, told = run("batching.csv", "--methods", "frozen", "--batching", 2)
+    rows = [row for row in rows if row["phase"] == "batching"]
+    assert [(r["method"], r["part"]) for r in rows] == [
+        (kind, part) for part in "01" for kind in ("batched", "alone")
+    ]
+    assert {r["images"] for r in rows} == {"10"} and all(float(r["accuracy"]) > 0.8 for r in rows)
+    batched, alone = (
+        [float(r["last_loss"]) for r in rows if r["method"] == kind]
+        for kind in ("batched", "alone")
+    )
+    gaps = [abs(a - b) for a, b in zip(batched, alone, strict=True)]
+    assert max(gaps) < 0.1 * min(alone) and "small_vit, difference | 2 |" in told
+
+
 def test_what_the_rows_say(run):
     rows, _ = run("rows.csv", "--methods", "frozen,best-teacher,meta,meta-noise", "--shots", "1")
     pools = {row["method"]: row for row in rows if row["phase"] == "pool"}

@@ -26,6 +26,7 @@ ORDER = (
     "new",
     "serving",
     "cli",
+    "__main__",
 )
 ASIDE = {"testing": ("checks", "ops", "adapters", "mixture")}  # for tests and benchmarks only
 OPTIONAL = (
@@ -162,4 +163,4 @@ except RuntimeError as error:
 def test_the_command_line_says_what_it_needs():
     code = "from lora_fused.cli import main\ntry: main()\nexcept SystemExit as e: print(e)"
     said = fresh(code, blocked=("typer", "rich"))
-    assert "typer and rich must be installed" in said and "lora-fused[cli]" in said
+    assert "typer and rich must be installed" in said and "pip install typer rich" in said

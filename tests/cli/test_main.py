@@ -41,9 +41,7 @@ def test_without_typer_the_program_says_what_to_install():
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.strip() == (
-        "lora-fused: typer must be installed; run: pip install 'lora-fused[cli]'"
-    )
+    assert done.stderr.strip() == ("lora-fused: typer must be installed; run: pip install typer")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +141,9 @@ def test_an_interrupted_process_shows_no_traceback():
     )
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "lora_fused", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"lora-fused {lora_fused.__version__}")

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_fused.checks import invalid
-from lora_fused.io.tensors import magnitude
+from lora_fused.io.tensors import magnitude, write_safetensors
 
 HEADER = "subspace.json"
 FORMAT, VERSION = "lora_fused.subspace", 1
@@ -86,7 +85,7 @@ def _put(fresh: Path, path: Path) -> None:
 def _write(tensors: dict[str, Tensor], header: dict, folder: Path) -> None:
     """The data file, and the header with the checksums of all tensors and of itself."""
     blank = folder / "data"
-    save_file(tensors, blank, metadata={"format": "pt", "header": HEADER})
+    write_safetensors(tensors, blank, {"format": "pt", "header": HEADER})
     sums = {name: hashlib.sha256(part).hexdigest() for name, part in _bytes_of(blank)}
     table = {
         name: {"dtype": word(tensor.dtype), "shape": list(tensor.shape), "sha256": sums[name]}

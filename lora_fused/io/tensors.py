@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import stat
 from pathlib import Path
 
 import torch
@@ -101,10 +102,18 @@ def _checksum(section: Tensor) -> str:
     return f"{total % 2**64:016x}"
 
 
+def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """``save_file`` with the permissions of any new file: by itself it lets no other user read."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(mode)
+
+
 def save_tensors(tensors: dict[str, Tensor], file: Path, header: dict) -> None:
     """Write a safetensors file whose header carries a checksum of its data."""
     blank = "0" * 16
-    save_file(tensors, file, metadata={**header, _CHECKSUM: blank})
+    write_safetensors(tensors, file, {**header, _CHECKSUM: blank})
     checksum = _checksum(_map(file)[1])
     with file.open("r+b") as stream:
         field = f'"{_CHECKSUM}":"'.encode()

@@ -1,9 +1,12 @@
 """A bank is saved as one folder per adapter, after every check; wrong arguments are named."""
 
+import os
+
 import pytest
 import torch
 
-from lora_fused.io import load_adapters, read_adapter, save_adapters, write_adapter
+from lora_fused.io import load_adapters, read_adapter, save_adapters, save_subspace, write_adapter
+from lora_fused.methods import fit_subspace
 
 
 @pytest.fixture
@@ -77,3 +80,16 @@ def test_wrong_arguments(bank, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             write_adapter(*arguments)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_others_may_read_as_the_umask_says(bank, tmp_path, umask, mode):
+    """safetensors gives its files to their writer alone; a server may be another user."""
+    before = os.umask(umask)
+    try:
+        write_adapter(bank.adapter(bank.names[0]), tmp_path / "written" / "one")
+        save_subspace(fit_subspace(bank, rank=2, progress=False), tmp_path / "written" / "basis")
+    finally:
+        os.umask(before)
+    found = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "written").rglob("*.*")}
+    assert set(found.values()) == {mode} and len(found) == 4

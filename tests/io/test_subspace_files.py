@@ -138,7 +138,9 @@ def test_an_interrupted_save_leaves_the_old_one_whole(tmp_path, monkeypatch):
 
                 patch.setattr(os, "replace", failing)
             else:
-                patch.setattr(sealed, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError))
+                patch.setattr(
+                    sealed, "write_safetensors", lambda *a, **k: (_ for _ in ()).throw(OSError)
+                )
             with pytest.raises(OSError):
                 save_subspace(new, folder, overwrite_ok=True)
         assert_equal(old, load_subspace(folder))
@@ -147,7 +149,7 @@ def test_an_interrupted_save_leaves_the_old_one_whole(tmp_path, monkeypatch):
     assert_equal(new, load_subspace(folder))
     assert len(list(folder.glob("*.safetensors"))) == 1 and (folder / "notes.txt").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(sealed, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError))
+        patch.setattr(sealed, "write_safetensors", lambda *a, **k: (_ for _ in ()).throw(OSError))
         with pytest.raises(OSError):
             save_subspace(new, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -8,8 +8,8 @@ def main() -> None:
     """Entry point of ``lora-fused``: one line and exit code 1 where typer or rich is missing."""
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:
-        need = " and ".join(missing)
-        sys.exit(f"lora-fused: {need} must be installed; run: pip install 'lora-fused[cli]'")
+        need, packages = " and ".join(missing), " ".join(missing)
+        sys.exit(f"lora-fused: {need} must be installed; run: pip install {packages}")
     try:
         from lora_fused.cli.app import app
 

@@ -27,9 +27,7 @@ def load_base(name: str, reporter: Reporter) -> Base:
     """A model by its folder, or by the installed package that it is in."""
     folder = base_folder(name)
     if find_spec("transformers") is None:
-        raise ImportError(
-            "library: transformers must be installed; run: pip install 'lora-fused[demo]'"
-        )
+        raise ImportError("library: transformers must be installed; run: pip install transformers")
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 

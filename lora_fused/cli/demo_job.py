@@ -226,5 +226,5 @@ def _own_tokens(model, path: Path, text: Path | None, seed: int) -> dict[str, to
 def _need(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        need = " and ".join(missing)
-        raise ImportError(f"demo: {need} must be installed; run: pip install 'lora-fused[demo]'")
+        need, packages = " and ".join(missing), " ".join(missing)
+        raise ImportError(f"demo: {need} must be installed; run: pip install {packages}")

@@ -18,7 +18,7 @@ _IGNORED = ("lora_fused", "result")  # written for the reader
 def need_yaml() -> None:
     """Raise, before any work is done, where PyYAML is missing."""
     if find_spec("yaml") is None:
-        raise ImportError("merge: PyYAML must be installed; run: pip install 'lora-fused[cli]'")
+        raise ImportError("merge: PyYAML must be installed; run: pip install pyyaml")
 
 
 def read_recipe(path: str | os.PathLike) -> tuple[list[tuple[str, object]], dict]:

@@ -285,7 +285,7 @@ def _engine():
     try:
         import lancedb
     except ImportError as error:
-        message = f"{OP}: lancedb must be installed, got none; pip install lora-fused[library]"
+        message = f"{OP}: lancedb must be installed, got none; pip install lancedb pyarrow"
         raise RuntimeError(message) from error
     return lancedb
 

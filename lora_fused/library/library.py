@@ -39,7 +39,7 @@ class AdapterLibrary(LibraryReader):
 
     An entry is an adapter under a name, the prototypes of its data (see ``make_prototypes``; no
     data is kept), tags and metadata. Entries are found by vectors, filters and tags, and loaded
-    into an AdapterBank. Needs LanceDB: ``pip install lora-fused[library]``.
+    into an AdapterBank. Needs LanceDB: ``pip install lancedb pyarrow``.
 
     Safety: weights are on disk before the one commit that makes an entry. A killed process loses
     nothing that was committed and leaves at most unused room, which ``compact`` gives back. Any

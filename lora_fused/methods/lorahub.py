@@ -301,7 +301,7 @@ def _packages() -> tuple:
             return importlib.import_module("cma"), importlib.import_module("numpy")
     except ImportError as error:
         raise RuntimeError(
-            f"{_OP}: cma must be installed, got none ({error}); pip install 'lora-fused[lorahub]'"
+            f"{_OP}: cma must be installed, got none ({error}); pip install cma numpy"
         ) from None
 
 

@@ -109,8 +109,7 @@ def dendrogram(similarity: Tensor) -> tuple[list[int], list[list[tuple[float, fl
         from scipy.cluster.hierarchy import dendrogram as draw
         from scipy.cluster.hierarchy import linkage
     except ImportError:
-        why = "No tree, and in the order of the bank: scipy is not installed (pip install "
-        why += "'lora-fused[report]')."
+        why = "No tree, and in the order of the bank: scipy is not installed (pip install scipy)."
         return list(range(len(similarity))), [], why
     upper = similarity.new_ones(similarity.shape).triu(1).bool()
     distances = (1 - similarity[upper]).clamp_min(0)

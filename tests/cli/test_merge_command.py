@@ -209,4 +209,4 @@ def test_without_pyyaml_it_says_what_to_install(run, folders, tmp_path, monkeypa
 
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     done = run("merge", *folders, "-o", tmp_path / "out", "-q")
-    fault(done, "PyYAML must be installed; run: pip install 'lora-fused[cli]'")
+    fault(done, "PyYAML must be installed; run: pip install pyyaml")

@@ -16,7 +16,7 @@ SIZE = 6
 def engine(request):
     """Without the engine every test here skips, but for those marked as needing none."""
     if importlib.util.find_spec("lancedb") is None and "no_engine" not in request.node.name:
-        pytest.skip("lancedb is not installed (pip install lora-fused[library])")
+        pytest.skip("lancedb is not installed (pip install lancedb pyarrow)")
 
 
 @pytest.fixture

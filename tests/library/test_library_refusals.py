@@ -286,5 +286,5 @@ def test_no_engine(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert "pip install lora-fused[library]" in done.stdout
+    assert "pip install lancedb pyarrow" in done.stdout
     assert not (tmp_path / "l").exists()

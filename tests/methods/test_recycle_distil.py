@@ -18,7 +18,7 @@ from support.recycling import (
     tiny_vit,
 )
 
-from lora_fused import new_adapter, write_adapter
+from lora_fused import AdapterBank, attach, new_adapter, write_adapter
 from lora_fused.io import Checkpoint
 from lora_fused.methods import recycle
 from lora_fused.methods.recycle.distil import Student, cosine, task_loss
@@ -126,6 +126,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     for change in ({"seed": 1}, {"lr": 0.1}, {"images": other}, {"handle": student(rank=3)}):
         with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
             run(checkpoint=checkpoint, **change)
+    run(student("xyz"), checkpoint=checkpoint)
+
+
+def test_what_has_the_same_tensors_is_another_run_all_the_same(tmp_path):
+    """Scale, places of the factors and names of the classes decide what is trained."""
+    checkpoint = Checkpoint(tmp_path / "meta.safetensors")
+    run(alone("q", "v"), checkpoint=checkpoint)
+    one_name = dataclasses.replace(pool(), class_names=(("cat", "dog", "cow"),) * 3)
+    for handle, images in (
+        (alone("q", "v", alpha=64), pool()),
+        (alone("q", "k"), pool()),
+        (alone("q", "v"), one_name),
+    ):
+        with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
+            run(handle, images, checkpoint=checkpoint)
+
+
+def alone(*targets: str, **options):
+    """A student without teachers beside it."""
+    model, bank = tiny_vit(), AdapterBank()
+    bank.add(new_adapter(model, "meta", rank=2, target_modules=targets, seed=0, **options))
+    return attach(model, bank)
 
 
 def test_tasks_are_of_one_teacher_or_of_several():

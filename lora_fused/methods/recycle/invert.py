@@ -22,7 +22,13 @@ from lora_fused.methods.progress import show
 from lora_fused.methods.recycle.images import Images, pixel_bounds
 from lora_fused.methods.recycle.pool import Pool, named_classes
 from lora_fused.methods.recycle.priors import NoPrior, Prior
-from lora_fused.methods.recycle.runs import Saved, fingerprint, load_optimizer, optimizer_state
+from lora_fused.methods.recycle.runs import (
+    Saved,
+    fingerprint,
+    load_optimizer,
+    model_tensors,
+    optimizer_state,
+)
 from lora_fused.methods.recycle.teachers import Head, Teachers, plain_heads
 
 _OP = "invert"
@@ -198,7 +204,7 @@ class Objective:
 
 def _weights(handle, heads: Mapping[str, tuple], prior: Prior) -> Iterator[Tensor]:
     """Every tensor that the losses depend on."""
-    yield from handle.model.parameters()
+    yield from model_tensors(handle.model)
     for name, head in heads.items():
         yield from (t for t in head if t is not None)
         for part in handle.bank.adapter(name).modules.values():

@@ -63,7 +63,7 @@ class Pool:
         return f"Pool({len(self)} images, {len(self.names)} teachers, {classes} classes{tokens})"
 
     def tensors(self) -> list[Tensor]:
-        """Everything that decides a training run on the pool."""
+        """Everything that decides a training run on the pool, but for ``class_names``."""
         held = [self.images, self.labels, self.teachers, self.logits]
         return held if self.kept is None else [*held, self.kept]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid, shape
@@ -48,6 +48,11 @@ def fingerprint(facts: Mapping, tensors: Iterable[Tensor]) -> str:
         digest.update(f"{tensor.dtype}{shape(tensor)}".encode())
         digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
     return digest.hexdigest()[:32]
+
+
+def model_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers (BatchNorm's statistics decide features too), but no adapters."""
+    return [t for t in model.state_dict().values() if isinstance(t, Tensor)]
 
 
 class Saved:

@@ -54,6 +54,14 @@ def test_a_checkpoint_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_a_name_does_not_make_another_file_of_it(tmp_path):
+    """Adapters in .bin files are pickles; what is written here never is."""
+    save_pool(pool(), tmp_path / "pool.bin")
+    assert torch.equal(load_pool(tmp_path / "pool.bin").images, pool().images)
+    Checkpoint(tmp_path / "run.bin").write({"x": torch.ones(2)}, {"step": "1"})
+    assert Checkpoint(tmp_path / "run.bin").read()[1]["step"] == "1"
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "pool.safetensors"
     with pytest.raises(FileNotFoundError, match=r"no such file: .*pool\.safetensors"):
@@ -75,6 +83,19 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     Checkpoint(path).write({"x": torch.zeros(2)}, {})
     with pytest.raises(ValueError, match="must hold a pool"):
         load_pool(path)
+    save_pool(pool(), path)
+    content = path.read_bytes()
+    for old, new in (
+        (b'class_names\\"', b'klass_names\\"'),
+        (b'{\\"names', b'[\\"names'),
+        (b"cat", b'c\\"'),
+    ):
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(
+            ValueError, match=r"^load_pool: .*pool\.safe.* whose header and tensors"
+        ):
+            load_pool(path)
     with pytest.raises(ValueError, match="pool must be a Pool"):
         save_pool({}, path)
     with pytest.raises(ValueError, match="path must be a path"):

@@ -261,6 +261,22 @@ def test_nothing_else_changes():
     assert all(torch.equal(x, y) for x, y in zip(factors, after, strict=True))
 
 
+@pytest.mark.parametrize("prior", ["none", "batchnorm", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_models_of_other_dtypes(dtype, prior):
+    """Of 16 bits too: Adam's epsilon is 0 in float16, and pixels without a gradient became NaN."""
+    handle = teachers("ab", dtype)
+    options = {
+        "prior": prior_of(prior, handle.model),
+        "prune": prune_tokens(handle.model, {0: 0.5}),
+    }
+    sizes = {"per_class": 2, "steps": 40, "size": SIZE, "seed": 0, "progress": False}
+    pool = recycle.invert(handle, heads("ab"), **sizes, **options)
+    held = torch.float64 if dtype == torch.float64 else torch.float32
+    assert pool.images.dtype == pool.losses.dtype == pool.logits.dtype == held
+    assert pool.images.isfinite().all() and min(pool.accuracy().values()) == 1.0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -28,6 +28,7 @@ from lora_fused.methods.recycle.runs import (
     load_optimizer,
     model_tensors,
     optimizer_state,
+    wide,
 )
 from lora_fused.methods.recycle.teachers import Head, Teachers, plain_heads
 
@@ -98,6 +99,10 @@ def invert(
     Raises:
         ValueError: a wrong argument; a checkpoint of another run; a loss that is not finite.
 
+    Numerics:
+        Pixels, heads and losses are float32 also where the model is of 16 bits; views and features
+        have its dtype.
+
     Cost:
         One forward and backward of all rows per step, for any number of teachers; pixels' gradients
         alone are formed.
@@ -120,6 +125,7 @@ def invert(
         _OP, handle, heads, [per_class * len(w) for w, _ in heads.values()], features
     )
     like = next(handle.model.parameters()).detach()
+    like = like.to(wide(like.dtype))  # Adam's epsilon is 0 in float16
     bounds = pixel_bounds(_OP, pixel_range, channels, like)
     images = Images(list(heads), teachers.counts, (channels, height, width), seed, bounds)
     labels = [

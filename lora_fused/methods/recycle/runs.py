@@ -24,14 +24,27 @@ def checked_bank(op: str, handle) -> AdapterBank:
 
 
 def features_of(op: str, handle, features: Callable | None, images: Tensor) -> Tensor:
-    """``[N, E]`` of the images, moved to the model's device, under the mixture in force."""
-    images = images.to(next(handle.model.parameters()).device)
-    found = (handle.model if features is None else features)(images)
+    """``[N, E]`` of the images, on the model's device and in its dtype, under the mixture in force.
+
+    Of a 16-bit model in float32: losses and squared distances of theirs would overflow or tie.
+    """
+    found = (handle.model if features is None else features)(fitted(images, handle.model))
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
         got = shape(found) if isinstance(found, Tensor) else type(found).__name__
         rule = f"give one row of features for each of {len(images)} images (else pass features=)"
         raise invalid(op, "model", rule, got)
-    return found
+    return found.to(wide(found.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def fitted(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the model's device and, unless they are integers, in its dtype."""
+    one = next(model.parameters(), images)
+    return images.to(one if images.is_floating_point() else one.device)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.recycle.pool import Pool, named_classes
-from lora_fused.methods.recycle.runs import checked_bank, features_of
+from lora_fused.methods.recycle.runs import checked_bank, features_of, wide
 from lora_fused.mixture import Mixture
 
 Head = nn.Linear | tuple[Tensor, Tensor | None]
@@ -19,9 +19,10 @@ Head = nn.Linear | tuple[Tensor, Tensor | None]
 def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
     """Adapter -> (weight ``[L, E]``, bias ``[L]`` or None), of known adapters, without grad.
 
-    In the model's dtype and on its device.
+    In float32, float64 for such a model, and on the model's device.
     """
-    bank, like = checked_bank(op, handle), next(handle.model.parameters())
+    bank, like = checked_bank(op, handle), next(handle.model.parameters()).detach()
+    like = like.to(wide(like.dtype))
     if not isinstance(heads, Mapping) or not heads:
         rule = "be a dict of at least one adapter's head"
         raise invalid(op, "heads", rule, repr(heads))

@@ -95,6 +95,16 @@ def test_rejects():
         recycle.evaluate(handle, None, x, y, shots=1, queries=2, seed=0)
     with pytest.raises(ValueError, match="evaluate: episodes must be an integer"):
         recycle.evaluate(handle, None, x, y, ways=2, queries=2, episodes=0, seed=0)
+    sizes = {"ways": 2, "queries": 2, "episodes": 3, "seed": 0}
+    with pytest.raises(ValueError, match="evaluate: labels must be one for each of 12 images"):
+        recycle.evaluate(handle, None, x, y[:11], **sizes)
+    for labels in (y[:, None], y.double()):
+        with pytest.raises(ValueError, match=r"draw_episodes: labels must be \[N\] integers, got"):
+            recycle.evaluate(handle, None, x, labels, **sizes)
+    with pytest.raises(ValueError, match="classify: features must be finite"):
+        recycle.classify(handle, None, x[:10], y[:10], torch.nan * x[10:])
+    with pytest.raises(ValueError, match="score_episodes: features must be finite"):
+        recycle.evaluate(handle, None, x / 0, y, **sizes)
     with pytest.raises(ValueError, match="handle must be that of an attached model"):
         recycle.classify(handle.model, None, x[:10], y[:10], x[10:])
     with pytest.raises(ValueError, match="give one row of features for each of 12"):

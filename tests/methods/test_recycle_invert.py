@@ -308,5 +308,8 @@ def test_rejects_heads_modes_and_what_is_not_finite():
     with pytest.raises(ValueError, match=r"loss must stay finite, got NaN or infinity of \['a'\]"):
         recycle.invert(handle, broken, **options)
     handle.model.train()
-    with pytest.raises(ValueError, match="model must be in eval mode"):
+    with pytest.raises(ValueError, match=r"model must be in eval mode .* got train mode$"):
+        recycle.invert(handle, heads("ab"), **options)
+    handle.model.eval().blocks[1].norm1.train()
+    with pytest.raises(ValueError, match=r"in eval mode .* got train mode of 'blocks\.1\.norm1'"):
         recycle.invert(handle, heads("ab"), **options)

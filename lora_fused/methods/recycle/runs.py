@@ -13,13 +13,16 @@ from lora_fused.checks import invalid, shape
 
 
 def checked_bank(op: str, handle) -> AdapterBank:
-    """The bank of a handle whose model is in eval mode."""
+    """The bank of a handle whose model is in eval mode, every part of it."""
     bank = getattr(handle, "bank", None)
     if not isinstance(bank, AdapterBank):
         raise invalid(op, "handle", "be that of an attached model", type(handle).__name__)
-    if handle.model.training:
+    modules = handle.model.named_modules()  # an adapter's own mode means nothing
+    training = [name for name, one in modules if one.training and "lora_" not in name]
+    if training:
         rule = "be in eval mode (model.eval()): dropout and batch statistics would mix the rows"
-        raise invalid(op, "model", rule, "train mode")
+        got = f"train mode of {training[0]!r}" if training[0] else "train mode"
+        raise invalid(op, "model", rule, got)
     return bank
 
 

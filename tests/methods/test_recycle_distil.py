@@ -181,6 +181,15 @@ def test_classes_of_one_name_are_never_in_one_task():
         assert len(set(drawn)) == 5 and task.teacher is None, "no teacher has five classes"
 
 
+def test_a_mixed_task_is_never_of_one_teacher_where_all_know_the_same_classes():
+    images = dataclasses.replace(pool(), class_names=(("cat", "dog", "cow"),) * 3)
+    tasks = Tasks("test", images, ways=CLASSES, each=2, interpolate=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [task for task in (tasks.draw(generator) for _ in range(400)) if task.teacher is None]
+    assert len(drawn) > 150
+    assert min(len(images.teachers[task.rows[:, 0]].unique()) for task in drawn) > 1
+
+
 def test_the_loss_is_what_the_docstring_says():
     images, shots = pool(), 2
     generator = torch.Generator().manual_seed(0)

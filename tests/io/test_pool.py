@@ -108,10 +108,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"images": torch.zeros(4, 3, 2)}, r"images must be \[N, C, H, W\]"),
         ({"labels": torch.tensor([0, 1, 0])}, "labels must have 1 axes and a row for each of 4"),
         ({"labels": torch.tensor([0, 2, 0, 2])}, "labels and teachers must name classes"),
+        ({"labels": torch.tensor([0, 0.5, 0, 2])}, "labels must be integers, got torch.float32"),
         ({"teachers": torch.tensor([0, 0, 1, 2])}, "labels and teachers must name classes"),
         ({"class_names": (("cat", "dog"),)}, "class_names must name the classes of 2 teachers"),
     ],
-    ids=["images", "labels", "class", "teacher", "names"],
+    ids=["images", "labels", "class", "half a class", "teacher", "names"],
 )
 def test_pools_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -285,6 +285,7 @@ def test_models_of_other_dtypes(dtype, prior):
         ({"size": (16, 16, 3)}, "size must be one number of pixels, or height and width"),
         ({"pixel_range": (1, -1)}, "pixel_range must be two finite numbers"),
         ({"pixel_range": ([0, 0], [1, 1])}, "two lists of 3"),
+        ({"lr": 0.0}, "lr must be a positive number"),
         ({"prior_weight": -1.0}, "prior_weight must be 0 or a positive number"),
         ({"prune_from": 2.0}, "prune_from must be a share of the steps"),
         ({"class_names": {"a": ["x", "y", "z"]}}, "class_names must name the 3 classes of 'b'"),
@@ -307,6 +308,8 @@ def test_rejects_heads_modes_and_what_is_not_finite():
     broken = {"a": (torch.full((2, 16), torch.nan), None)}
     with pytest.raises(ValueError, match=r"loss must stay finite, got NaN or infinity of \['a'\]"):
         recycle.invert(handle, broken, **options)
+    with pytest.raises(ValueError, match="head of 'a' must have at least two classes, got 1"):
+        recycle.invert(handle, heads("ab", classes=1), **options)
     handle.model.train()
     with pytest.raises(ValueError, match=r"model must be in eval mode .* got train mode$"):
         recycle.invert(handle, heads("ab"), **options)

@@ -117,7 +117,7 @@ def invert(
     height, width = _sides(size)
     jitter = max(1, min(height, width) // 8) if jitter is None else jitter
     options = {"per_class": per_class, "steps": steps, "seed": seed, "jitter": jitter}
-    _check(options | {"channels": channels}, checkpoint_every, prior_weight, prune_from)
+    _check(options | {"channels": channels}, checkpoint_every, lr, prior_weight, prune_from)
     options |= {"size": (height, width), "range": pixel_range, "weight": prior_weight, "lr": lr}
     options |= {"betas": betas, "heads": list(heads), "prior": type(prior).__name__}
     options |= {"prune": None if prune is None else repr(prune), "prune_from": prune_from}
@@ -227,10 +227,14 @@ def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def _check(whole: dict[str, int], every: int, prior_weight: float, prune_from: float) -> None:
+def _check(
+    whole: dict[str, int], every: int, lr: float, prior_weight: float, prune_from: float
+) -> None:
     for label, value in whole.items():
         check_whole(_OP, label, value, 0 if label in ("jitter", "seed") else 1)
     check_whole(_OP, "checkpoint_every", every)
+    if not 0 < lr < float("inf"):
+        raise invalid(_OP, "lr", "be a positive number", lr)
     if not 0 <= prior_weight < float("inf"):
         raise invalid(_OP, "prior_weight", "be 0 or a positive number", prior_weight)
     if not 0 <= prune_from <= 1:

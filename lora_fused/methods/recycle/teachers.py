@@ -33,6 +33,8 @@ def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             got = f"{shape(weight)} and {None if bias is None else shape(bias)}"
             raise invalid(op, f"head of {name!r}", "be [L, E] and [L] or None", got)
+        if len(weight) < 2:  # a softmax of one class is 1 of any image
+            raise invalid(op, f"head of {name!r}", "have at least two classes", len(weight))
         bias = None if bias is None else bias.detach().to(like)
         found[name] = (weight.detach().to(like), bias)
     return found

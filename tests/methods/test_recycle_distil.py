@@ -251,6 +251,16 @@ def test_the_rate_is_a_cosine_with_warm_restarts():
         schedule.step()
 
 
+def test_a_run_steps_at_that_rate():
+    """Whole at a restart, half of it in the middle of a cosine of two steps."""
+    runs = [run(steps=2, restart_every=every) for every in (1, 2)]
+    assert torch.equal(runs[0].losses, runs[1].losses), "of before each step"
+    start = [t.clone() for t in factors(run(steps=1).adapter)]
+    for first, whole, half in zip(start, *(factors(one.adapter) for one in runs), strict=True):
+        assert torch.allclose(half - first, (whole - first) / 2, atol=1e-6)
+        assert not torch.equal(half, whole)
+
+
 def test_peft_loads_the_meta_lora_and_gives_the_same_features(tmp_path):
     peft = pytest.importorskip("peft")
     handle = student()

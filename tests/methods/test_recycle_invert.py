@@ -100,6 +100,23 @@ def test_teachers_and_seeds_have_random_numbers_of_their_own():
     assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def test_views_are_every_roll_and_flip_and_each_teachers_own():
+    images = Images("ab", [2, 1], (1, 4, 4), 0, (torch.tensor(-9.0), torch.tensor(9.0)))
+    seen: dict[str, list] = {"a": [], "b": []}
+    for _ in range(300):
+        parts = images.views(1).split([2, 1])
+        for name, view, own in zip("ab", parts, images.pixels.split([2, 1]), strict=True):
+            rolled = {
+                (y, x, flip): own.roll((y, x), (2, 3)).flip([3] if flip else [])
+                for y in (-1, 0, 1)
+                for x in (-1, 0, 1)
+                for flip in (False, True)
+            }
+            (which,) = [key for key, one in rolled.items() if torch.equal(one, view)]
+            seen[name].append(which)
+    assert len(set(seen["a"])) == len(set(seen["b"])) == 18 and seen["a"] != seen["b"]
+
+
 def run(names: str = "ab", **options) -> recycle.Pool:
     handle = teachers(names)
     ratios = options.pop("ratios", None)
@@ -191,6 +208,19 @@ def test_the_kept_image_has_the_loss_that_is_told(ratios):
     assert (pools[1].losses <= pools[0].losses).all()
     same = (pools[1].images == pools[0].images).flatten(1).all(1)
     assert same.any() and torch.equal(same, pools[1].losses == pools[0].losses)
+
+
+def test_no_loss_of_the_whole_network_stands_for_one_of_the_pruned():
+    pool = run(steps=40, ratios={0: 0.75}, prune_from=0.95)
+    own = F.cross_entropy(pool.logits, pool.labels, reduction="none")
+    assert torch.allclose(own, pool.losses, atol=1e-5)
+
+
+def test_the_loss_that_is_told_holds_the_prior():
+    pool = run(steps=1, prior=recycle.TotalVariation(), prior_weight=0.5)
+    own = F.cross_entropy(pool.logits, pool.labels, reduction="none")
+    variation = recycle.TotalVariation()(pool.images, [6, 6])
+    assert torch.allclose(pool.losses, own + 0.5 * variation[pool.teachers], atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [3, 5, 7, 10, 12])

@@ -54,6 +54,19 @@ def test_a_checkpoint_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    def stop(tensors, file, header):
+        file.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "pool.safetensors"
+    save_pool(pool(), path)
+    monkeypatch.setattr("lora_fused.io.checkpoint.save_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_pool(pool(True), path)
+    assert load_pool(path).kept is None and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_name_does_not_make_another_file_of_it(tmp_path):
     """Adapters in .bin files are pickles; what is written here never is."""
     save_pool(pool(), tmp_path / "pool.bin")

@@ -127,6 +127,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
             run(checkpoint=checkpoint, **change)
     run(student("xyz"), checkpoint=checkpoint)
+    whole = Checkpoint(tmp_path / "whole.safetensors")
+    run(images=pool(True), checkpoint=whole)
+    with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
+        run(checkpoint=whole, sparse_tokens=prune_tokens)
 
 
 def test_what_has_the_same_tensors_is_another_run_all_the_same(tmp_path):

@@ -258,10 +258,34 @@ def test_without_its_generators_a_resumed_run_would_differ(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     checkpoint = Checkpoint(tmp_path / "pool.safetensors")
     run(checkpoint=checkpoint)
-    for change in ({"seed": 1}, {"lr": 0.1}, {"names": "ba"}, {"ratios": {0: 0.5}}):
+    prior = recycle.FeatureStatistics.of_batchnorm(conv_net())
+    given = Checkpoint(tmp_path / "prior.safetensors")
+    run(checkpoint=given, prior=prior)
+    for at, change in (
+        *((checkpoint, {name: value}) for name, value in (("seed", 1), ("lr", 0.1))),
+        *((checkpoint, {name: value}) for name, value in (("names", "ba"), ("jitter", 1))),
+        (checkpoint, {"ratios": {0: 0.5}}),
+        (checkpoint, {"betas": (0.9, 0.99)}),
+        (checkpoint, {"prior": recycle.TotalVariation()}),
+        (given, {"prior": recycle.FeatureStatistics.of_batchnorm(conv_net(4))}),
+    ):
         with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
-            run(checkpoint=checkpoint, **change)
+            run(checkpoint=at, **change)
     run(checkpoint=checkpoint)
+    run(checkpoint=given, prior=prior)
+
+
+def test_teachers_of_different_numbers_of_classes():
+    handle, few = teachers("ab"), heads("a") | heads("b", classes=5)
+    options = {"per_class": 2, "steps": 40, "size": SIZE, "seed": 0, "progress": False}
+    pool = recycle.invert(handle, few, **options)
+    own = {n: pool.teachers == t for t, n in enumerate(pool.names)}
+    assert pool.labels[own["b"]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert pool.logits.shape == (16, 5) and min(pool.accuracy().values()) == 1.0
+    assert (pool.logits[own["a"], 3:] == -torch.inf).all()
+    given = {n: (pool.images[rows], pool.labels[rows]) for n, rows in own.items()}
+    again = recycle.label_pool(handle, few, given)
+    assert torch.allclose(again.logits, pool.logits, atol=1e-5)
 
 
 def test_pruning_keeps_tokens_and_begins_late():

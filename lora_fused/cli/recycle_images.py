@@ -131,4 +131,4 @@ def write_grid(pool, vision: Vision, path: str) -> None:
     size = (grid.shape[2], grid.shape[1])
     data = bytes(grid.permute(1, 2, 0).contiguous().flatten().tolist())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.frombytes("RGB", size, data).save(path)
+    Image.frombytes("RGB", size, data).save(path, "PNG")

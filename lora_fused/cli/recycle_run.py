@@ -63,6 +63,9 @@ def checkpoint_of(path: str | None, resume: bool):
 
 def check_files(overwrite: bool, *paths: str | None) -> None:
     """Before anything is read: what could not be written would be lost at the end."""
+    named = [Path(path).resolve() for path in paths if path is not None]
+    if len(set(named)) < len(named):
+        raise invalid(_OP, "files to write", "have names of their own", list(map(str, named)))
     for path in paths:
         if path is not None and Path(path).is_dir():
             raise IsADirectoryError(f"{_OP}: {path} is a folder, not a file")

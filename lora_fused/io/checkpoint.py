@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_fused.checks import invalid
-from lora_fused.io.tensors import read_tensors, save_tensors
+from lora_fused.io.tensors import read_safetensors, save_tensors
 
 
 class Checkpoint:
@@ -53,5 +53,5 @@ def read_state(path: Path, op: str) -> tuple[dict[str, Tensor], dict[str, str]] 
     """What a ``Checkpoint`` wrote, for a reader whose errors begin with ``op``."""
     if not path.exists():
         return None
-    tensors, facts, _ = read_tensors(path, False, op)
+    tensors, facts, _ = read_safetensors(path, op)
     return {key: tensor.clone() for key, tensor in tensors.items()}, facts

@@ -33,8 +33,12 @@ def load_pool(path: str | os.PathLike) -> Pool:
     if found is None:
         raise FileNotFoundError(f"load_pool: no such file: {path}")
     tensors, header = found
-    facts = json.loads(header.get(_KIND, "null"))
-    if facts is None or not set(_TENSORS) - {"kept"} <= tensors.keys() <= set(_TENSORS):
+    if _KIND not in header or not set(_TENSORS) - {"kept"} <= tensors.keys() <= set(_TENSORS):
         raise invalid("load_pool", str(path), "hold a pool", f"tensors {sorted(tensors)[:6]}")
-    class_names = tuple(tuple(names) for names in facts["class_names"])
-    return Pool(**tensors, names=tuple(facts["names"]), class_names=class_names)
+    try:
+        facts = json.loads(header[_KIND])
+        class_names = tuple(tuple(names) for names in facts["class_names"])
+        return Pool(**tensors, names=tuple(facts["names"]), class_names=class_names)
+    except (ValueError, KeyError, TypeError) as error:
+        rule = "hold a pool whose header and tensors agree"
+        raise invalid("load_pool", str(path), rule, repr(error)) from error

@@ -23,13 +23,15 @@ _DTYPES = {
 
 def read_tensors(file: Path, allow_pickle: bool, op: str) -> tuple[dict[str, Tensor], dict, float]:
     """The tensors, the header's metadata, and a bound on all magnitudes; errors begin with op."""
-    refuse_pointer(file, op)
     if file.suffix == ".bin":
+        refuse_pointer(file, op)
         return _read_pickle(file, allow_pickle, op), {}, torch.inf
-    return _read_safetensors(file, op)
+    return read_safetensors(file, op)
 
 
-def _read_safetensors(file: Path, op: str) -> tuple[dict[str, Tensor], dict, float]:
+def read_safetensors(file: Path, op: str) -> tuple[dict[str, Tensor], dict, float]:
+    """``read_tensors`` of a file that is safetensors, whatever it is called."""
+    refuse_pointer(file, op)
     try:
         with safe_open(file, "pt"):
             pass  # it has checked the header, the offsets and the file's length

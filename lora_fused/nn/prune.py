@@ -59,7 +59,8 @@ def prune_tokens(
         - The choice has no gradient; pixels get theirs through tokens that were kept, and through
           dropped ones as far as blocks before the drop read them.
         - A Mixture must be per="sample": tokens are fewer behind each drop.
-        - What needs every patch (an attention mask, a decoder of pixels) fails by its shapes.
+        - Not for what needs every patch: an attention mask fails by its shape, but a decoder of
+          pixels may take the patches left for those of a smaller image.
         - Gradient checkpointing: call backward() inside the with block.
 
     Numerics:

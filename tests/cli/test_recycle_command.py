@@ -77,7 +77,7 @@ def made(world):
         return done
 
     model, pool = ("--model", world / "vit"), world / "pool.safetensors"
-    prune = ("--prune", "0:0.5,1:0.5", "--png", world / "grid.png")
+    prune = ("--prune", "0:0.5,1:0.5", "--png", world / "grid")
     told = run("invert", *model, world / "adapters", "-o", pool, *INVERT, *prune, "--json")
     meta = ("-o", world / "meta", "--sparse-tokens", "--lr", 0.05, "--json")
     return told, run("distil", *model, "--pool", pool, *meta, *DISTIL)
@@ -133,8 +133,8 @@ def test_invert_is_the_librarys(world, made):
 
 
 def test_the_grid_shows_every_image(world, made):
-    with image.open(world / "grid.png") as grid:
-        assert grid.size == (6 * (SIDE + 2), 6 * (SIDE + 2))
+    with image.open(world / "grid") as grid:  # PNG by any name
+        assert grid.format == "PNG" and grid.size == (6 * (SIDE + 2), 6 * (SIDE + 2))
         pool, (row, column) = load_pool(world / "pool.safetensors"), (4, 3)
         box = [side * (SIDE + 2) + 1 for side in (column, row)]
         found = grid.crop((*box, box[0] + SIDE, box[1] + SIDE))

@@ -246,6 +246,7 @@ def fault(done, *words: str) -> None:
         ("--device nowhere", "nowhere"),
         ("--overwrite --png {}", "is a folder, not a file"),
         ("-o {}", "is a folder, not a file"),
+        ("-o {}/x.png --png {}/vit/../x.png", "files to write must have names of their own"),
         ("-o {}/one/adapter_config.json", "exists (--overwrite replaces it)"),
         ("--model {}/none", "no such folder"),
         ("--model {}/images", "images"),

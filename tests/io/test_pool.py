@@ -54,6 +54,27 @@ def test_a_checkpoint_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    def stop(tensors, file, header):
+        file.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "pool.safetensors"
+    save_pool(pool(), path)
+    monkeypatch.setattr("lora_fused.io.checkpoint.save_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_pool(pool(True), path)
+    assert load_pool(path).kept is None and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_does_not_make_another_file_of_it(tmp_path):
+    """Adapters in .bin files are pickles; what is written here never is."""
+    save_pool(pool(), tmp_path / "pool.bin")
+    assert torch.equal(load_pool(tmp_path / "pool.bin").images, pool().images)
+    Checkpoint(tmp_path / "run.bin").write({"x": torch.ones(2)}, {"step": "1"})
+    assert Checkpoint(tmp_path / "run.bin").read()[1]["step"] == "1"
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "pool.safetensors"
     with pytest.raises(FileNotFoundError, match=r"no such file: .*pool\.safetensors"):
@@ -75,6 +96,19 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     Checkpoint(path).write({"x": torch.zeros(2)}, {})
     with pytest.raises(ValueError, match="must hold a pool"):
         load_pool(path)
+    save_pool(pool(), path)
+    content = path.read_bytes()
+    for old, new in (
+        (b'class_names\\"', b'klass_names\\"'),
+        (b'{\\"names', b'[\\"names'),
+        (b"cat", b'c\\"'),
+    ):
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(
+            ValueError, match=r"^load_pool: .*pool\.safe.* whose header and tensors"
+        ):
+            load_pool(path)
     with pytest.raises(ValueError, match="pool must be a Pool"):
         save_pool({}, path)
     with pytest.raises(ValueError, match="path must be a path"):
@@ -87,10 +121,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"images": torch.zeros(4, 3, 2)}, r"images must be \[N, C, H, W\]"),
         ({"labels": torch.tensor([0, 1, 0])}, "labels must have 1 axes and a row for each of 4"),
         ({"labels": torch.tensor([0, 2, 0, 2])}, "labels and teachers must name classes"),
+        ({"labels": torch.tensor([0, 0.5, 0, 2])}, "labels must be integers, got torch.float32"),
         ({"teachers": torch.tensor([0, 0, 1, 2])}, "labels and teachers must name classes"),
         ({"class_names": (("cat", "dog"),)}, "class_names must name the classes of 2 teachers"),
     ],
-    ids=["images", "labels", "class", "teacher", "names"],
+    ids=["images", "labels", "class", "half a class", "teacher", "names"],
 )
 def test_pools_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

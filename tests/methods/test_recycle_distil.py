@@ -18,7 +18,7 @@ from support.recycling import (
     tiny_vit,
 )
 
-from lora_fused import new_adapter, write_adapter
+from lora_fused import AdapterBank, attach, new_adapter, write_adapter
 from lora_fused.io import Checkpoint
 from lora_fused.methods import recycle
 from lora_fused.methods.recycle.distil import Student, cosine, task_loss
@@ -126,6 +126,32 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     for change in ({"seed": 1}, {"lr": 0.1}, {"images": other}, {"handle": student(rank=3)}):
         with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
             run(checkpoint=checkpoint, **change)
+    run(student("xyz"), checkpoint=checkpoint)
+    whole = Checkpoint(tmp_path / "whole.safetensors")
+    run(images=pool(True), checkpoint=whole)
+    with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
+        run(checkpoint=whole, sparse_tokens=prune_tokens)
+
+
+def test_what_has_the_same_tensors_is_another_run_all_the_same(tmp_path):
+    """Scale, places of the factors and names of the classes decide what is trained."""
+    checkpoint = Checkpoint(tmp_path / "meta.safetensors")
+    run(alone("q", "v"), checkpoint=checkpoint)
+    one_name = dataclasses.replace(pool(), class_names=(("cat", "dog", "cow"),) * 3)
+    for handle, images in (
+        (alone("q", "v", alpha=64), pool()),
+        (alone("q", "k"), pool()),
+        (alone("q", "v"), one_name),
+    ):
+        with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
+            run(handle, images, checkpoint=checkpoint)
+
+
+def alone(*targets: str, **options):
+    """A student without teachers beside it."""
+    model, bank = tiny_vit(), AdapterBank()
+    bank.add(new_adapter(model, "meta", rank=2, target_modules=targets, seed=0, **options))
+    return attach(model, bank)
 
 
 def test_tasks_are_of_one_teacher_or_of_several():
@@ -157,6 +183,15 @@ def test_classes_of_one_name_are_never_in_one_task():
         of = images.teachers[task.rows[:, 0]].tolist()
         drawn = [names[t][i] for t, i in zip(of, task.labels.tolist(), strict=True)]
         assert len(set(drawn)) == 5 and task.teacher is None, "no teacher has five classes"
+
+
+def test_a_mixed_task_is_never_of_one_teacher_where_all_know_the_same_classes():
+    images = dataclasses.replace(pool(), class_names=(("cat", "dog", "cow"),) * 3)
+    tasks = Tasks("test", images, ways=CLASSES, each=2, interpolate=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [task for task in (tasks.draw(generator) for _ in range(400)) if task.teacher is None]
+    assert len(drawn) > 150
+    assert min(len(images.teachers[task.rows[:, 0]].unique()) for task in drawn) > 1
 
 
 def test_the_loss_is_what_the_docstring_says():
@@ -218,6 +253,16 @@ def test_the_rate_is_a_cosine_with_warm_restarts():
         assert cosine(0.1, step, 7) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+def test_a_run_steps_at_that_rate():
+    """Whole at a restart, half of it in the middle of a cosine of two steps."""
+    runs = [run(steps=2, restart_every=every) for every in (1, 2)]
+    assert torch.equal(runs[0].losses, runs[1].losses), "of before each step"
+    start = [t.clone() for t in factors(run(steps=1).adapter)]
+    for first, whole, half in zip(start, *(factors(one.adapter) for one in runs), strict=True):
+        assert torch.allclose(half - first, (whole - first) / 2, atol=1e-6)
+        assert not torch.equal(half, whole)
 
 
 def test_peft_loads_the_meta_lora_and_gives_the_same_features(tmp_path):

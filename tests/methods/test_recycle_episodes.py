@@ -35,6 +35,19 @@ def test_it_is_one_forward_pass():
     assert calls == [12]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_distances_of_a_16_bit_models_features_neither_overflow_nor_tie(dtype):
+    handle, (x, y) = teachers("ab", dtype), data(6, 8)
+    handle.model.norm.weight.data.fill_(100.0)  # squared distances of 1e5
+    found = recycle.classify(handle, "a", x[::2], y[::2], x[1::2])
+    with handle.mix("a"), torch.no_grad():
+        features = handle.model(x.to(dtype)).double()
+    means = torch.stack([features[::2][y[::2] == one].mean(0) for one in found.classes])
+    truth = -(features[1::2, None] - means).square().sum(-1)
+    assert found.scores.dtype == torch.float32 and truth.min() < -65504
+    assert torch.allclose(found.scores.double(), truth, rtol=1e-4)
+
+
 def test_evaluate_is_classify_over_episodes():
     handle, (x, y) = teachers("ab"), data()
     sizes = {"ways": 3, "shots": 2, "queries": 4}
@@ -82,6 +95,16 @@ def test_rejects():
         recycle.evaluate(handle, None, x, y, shots=1, queries=2, seed=0)
     with pytest.raises(ValueError, match="evaluate: episodes must be an integer"):
         recycle.evaluate(handle, None, x, y, ways=2, queries=2, episodes=0, seed=0)
+    sizes = {"ways": 2, "queries": 2, "episodes": 3, "seed": 0}
+    with pytest.raises(ValueError, match="evaluate: labels must be one for each of 12 images"):
+        recycle.evaluate(handle, None, x, y[:11], **sizes)
+    for labels in (y[:, None], y.double()):
+        with pytest.raises(ValueError, match=r"draw_episodes: labels must be \[N\] integers, got"):
+            recycle.evaluate(handle, None, x, labels, **sizes)
+    with pytest.raises(ValueError, match="classify: features must be finite"):
+        recycle.classify(handle, None, x[:10], y[:10], torch.nan * x[10:])
+    with pytest.raises(ValueError, match="score_episodes: features must be finite"):
+        recycle.evaluate(handle, None, x / 0, y, **sizes)
     with pytest.raises(ValueError, match="handle must be that of an attached model"):
         recycle.classify(handle.model, None, x[:10], y[:10], x[10:])
     with pytest.raises(ValueError, match="give one row of features for each of 12"):

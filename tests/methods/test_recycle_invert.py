@@ -100,6 +100,23 @@ def test_teachers_and_seeds_have_random_numbers_of_their_own():
     assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def test_views_are_every_roll_and_flip_and_each_teachers_own():
+    images = Images("ab", [2, 1], (1, 4, 4), 0, (torch.tensor(-9.0), torch.tensor(9.0)))
+    seen: dict[str, list] = {"a": [], "b": []}
+    for _ in range(300):
+        parts = images.views(1).split([2, 1])
+        for name, view, own in zip("ab", parts, images.pixels.split([2, 1]), strict=True):
+            rolled = {
+                (y, x, flip): own.roll((y, x), (2, 3)).flip([3] if flip else [])
+                for y in (-1, 0, 1)
+                for x in (-1, 0, 1)
+                for flip in (False, True)
+            }
+            (which,) = [key for key, one in rolled.items() if torch.equal(one, view)]
+            seen[name].append(which)
+    assert len(set(seen["a"])) == len(set(seen["b"])) == 18 and seen["a"] != seen["b"]
+
+
 def run(names: str = "ab", **options) -> recycle.Pool:
     handle = teachers(names)
     ratios = options.pop("ratios", None)
@@ -193,6 +210,19 @@ def test_the_kept_image_has_the_loss_that_is_told(ratios):
     assert same.any() and torch.equal(same, pools[1].losses == pools[0].losses)
 
 
+def test_no_loss_of_the_whole_network_stands_for_one_of_the_pruned():
+    pool = run(steps=40, ratios={0: 0.75}, prune_from=0.95)
+    own = F.cross_entropy(pool.logits, pool.labels, reduction="none")
+    assert torch.allclose(own, pool.losses, atol=1e-5)
+
+
+def test_the_loss_that_is_told_holds_the_prior():
+    pool = run(steps=1, prior=recycle.TotalVariation(), prior_weight=0.5)
+    own = F.cross_entropy(pool.logits, pool.labels, reduction="none")
+    variation = recycle.TotalVariation()(pool.images, [6, 6])
+    assert torch.allclose(pool.losses, own + 0.5 * variation[pool.teachers], atol=1e-5)
+
+
 @pytest.mark.parametrize("at", [3, 5, 7, 10, 12])
 @pytest.mark.parametrize("ratios", [None, {0: 0.5}], ids=["whole", "pruned"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, ratios, at):
@@ -228,10 +258,34 @@ def test_without_its_generators_a_resumed_run_would_differ(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     checkpoint = Checkpoint(tmp_path / "pool.safetensors")
     run(checkpoint=checkpoint)
-    for change in ({"seed": 1}, {"lr": 0.1}, {"names": "ba"}, {"ratios": {0: 0.5}}):
+    prior = recycle.FeatureStatistics.of_batchnorm(conv_net())
+    given = Checkpoint(tmp_path / "prior.safetensors")
+    run(checkpoint=given, prior=prior)
+    for at, change in (
+        *((checkpoint, {name: value}) for name, value in (("seed", 1), ("lr", 0.1))),
+        *((checkpoint, {name: value}) for name, value in (("names", "ba"), ("jitter", 1))),
+        (checkpoint, {"ratios": {0: 0.5}}),
+        (checkpoint, {"betas": (0.9, 0.99)}),
+        (checkpoint, {"prior": recycle.TotalVariation()}),
+        (given, {"prior": recycle.FeatureStatistics.of_batchnorm(conv_net(4))}),
+    ):
         with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
-            run(checkpoint=checkpoint, **change)
+            run(checkpoint=at, **change)
     run(checkpoint=checkpoint)
+    run(checkpoint=given, prior=prior)
+
+
+def test_teachers_of_different_numbers_of_classes():
+    handle, few = teachers("ab"), heads("a") | heads("b", classes=5)
+    options = {"per_class": 2, "steps": 40, "size": SIZE, "seed": 0, "progress": False}
+    pool = recycle.invert(handle, few, **options)
+    own = {n: pool.teachers == t for t, n in enumerate(pool.names)}
+    assert pool.labels[own["b"]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert pool.logits.shape == (16, 5) and min(pool.accuracy().values()) == 1.0
+    assert (pool.logits[own["a"], 3:] == -torch.inf).all()
+    given = {n: (pool.images[rows], pool.labels[rows]) for n, rows in own.items()}
+    again = recycle.label_pool(handle, few, given)
+    assert torch.allclose(again.logits, pool.logits, atol=1e-5)
 
 
 def test_pruning_keeps_tokens_and_begins_late():
@@ -261,6 +315,22 @@ def test_nothing_else_changes():
     assert all(torch.equal(x, y) for x, y in zip(factors, after, strict=True))
 
 
+@pytest.mark.parametrize("prior", ["none", "batchnorm", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_models_of_other_dtypes(dtype, prior):
+    """Of 16 bits too: Adam's epsilon is 0 in float16, and pixels without a gradient became NaN."""
+    handle = teachers("ab", dtype)
+    options = {
+        "prior": prior_of(prior, handle.model),
+        "prune": prune_tokens(handle.model, {0: 0.5}),
+    }
+    sizes = {"per_class": 2, "steps": 40, "size": SIZE, "seed": 0, "progress": False}
+    pool = recycle.invert(handle, heads("ab"), **sizes, **options)
+    held = torch.float64 if dtype == torch.float64 else torch.float32
+    assert pool.images.dtype == pool.losses.dtype == pool.logits.dtype == held
+    assert pool.images.isfinite().all() and min(pool.accuracy().values()) == 1.0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -269,6 +339,7 @@ def test_nothing_else_changes():
         ({"size": (16, 16, 3)}, "size must be one number of pixels, or height and width"),
         ({"pixel_range": (1, -1)}, "pixel_range must be two finite numbers"),
         ({"pixel_range": ([0, 0], [1, 1])}, "two lists of 3"),
+        ({"lr": 0.0}, "lr must be a positive number"),
         ({"prior_weight": -1.0}, "prior_weight must be 0 or a positive number"),
         ({"prune_from": 2.0}, "prune_from must be a share of the steps"),
         ({"class_names": {"a": ["x", "y", "z"]}}, "class_names must name the 3 classes of 'b'"),
@@ -291,6 +362,11 @@ def test_rejects_heads_modes_and_what_is_not_finite():
     broken = {"a": (torch.full((2, 16), torch.nan), None)}
     with pytest.raises(ValueError, match=r"loss must stay finite, got NaN or infinity of \['a'\]"):
         recycle.invert(handle, broken, **options)
+    with pytest.raises(ValueError, match="head of 'a' must have at least two classes, got 1"):
+        recycle.invert(handle, heads("ab", classes=1), **options)
     handle.model.train()
-    with pytest.raises(ValueError, match="model must be in eval mode"):
+    with pytest.raises(ValueError, match=r"model must be in eval mode .* got train mode$"):
+        recycle.invert(handle, heads("ab"), **options)
+    handle.model.eval().blocks[1].norm1.train()
+    with pytest.raises(ValueError, match=r"in eval mode .* got train mode of 'blocks\.1\.norm1'"):
         recycle.invert(handle, heads("ab"), **options)

@@ -8,6 +8,7 @@ from support import vits
 from torch import nn
 
 from lora_fused import AdapterBank, attach, new_adapter
+from lora_fused.io import Checkpoint
 from lora_fused.methods import recycle
 from lora_fused.nn.prune import prune_tokens
 
@@ -93,6 +94,18 @@ def test_a_convolutional_network_with_its_own_batchnorm_as_prior():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     found = recycle.distil(handle, pool, "meta", ways=3, queries=4, steps=3, seed=0, progress=False)
     assert found.adapter.modules["project"].lora_b.abs().sum() > 0
+
+
+def test_statistics_of_a_batchnorm_decide_a_run_too(tmp_path):
+    model = ConvNet().eval()
+    handle, checkpoint = attached(model, ["project"]), Checkpoint(tmp_path / "pool")
+    options = {"per_class": 1, "steps": 2, "size": vits.SIDE, "seed": 0, "progress": False}
+    pool = recycle.invert(handle, heads(12), checkpoint=checkpoint, **options)
+    again = recycle.invert(handle, heads(12), checkpoint=checkpoint, **options)
+    assert torch.equal(again.images, pool.images)
+    model.bn1.running_mean += 1
+    with pytest.raises(ValueError, match="checkpoint must be of a run with the same"):
+        recycle.invert(handle, heads(12), checkpoint=checkpoint, **options)
 
 
 def test_the_papers_meta_lora_has_147456_parameters():

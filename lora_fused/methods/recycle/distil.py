@@ -33,6 +33,7 @@ from lora_fused.methods.recycle.runs import (
     fingerprint,
     generator_of,
     load_optimizer,
+    model_tensors,
     optimizer_state,
 )
 from lora_fused.methods.recycle.tasks import Task, Tasks
@@ -118,12 +119,14 @@ def distil(
     bank = checked_bank(_OP, handle)
     _check_bank(bank, adapter, pool, sparse_tokens)
     tasks = Tasks(_OP, pool, ways=ways, each=shots + queries, interpolate=interpolate)
-    start = [t.clone() for part in bank.adapter(adapter).modules.values() for t in _sides(part)]
+    parts = bank.adapter(adapter).modules
+    start = [t.clone() for part in parts.values() for t in _sides(part)]
     options = sizes | {"interpolate": interpolate, "lr": lr, "temperature": temperature}
-    options["sparse"] = sparse_tokens is not None
+    options |= {"sparse": sparse_tokens is not None, "class_names": pool.class_names}
+    options["scales"] = {name: part.scale for name, part in parts.items()}
     run = ""
     if checkpoint is not None:
-        run = fingerprint(options, [*handle.model.parameters(), *start, *pool.tensors()])
+        run = fingerprint(options, [*model_tensors(handle.model), *start, *pool.tensors()])
     saved = Saved(_OP, checkpoint, checkpoint_every, run)
     student = Student(handle, adapter, pool, sparse_tokens, features)
     with _training(bank, adapter) as parameters:

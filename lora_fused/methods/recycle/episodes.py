@@ -76,6 +76,7 @@ def classify(
         raise invalid(op, "labels", rule, f"{labels.dtype} {shape(labels)}")
     with handle.mix(mixture):
         found = features_of(op, handle, features, torch.cat([support, query]))
+    _check_finite(op, found)
     classes, at = labels.to(found.device).unique(return_inverse=True)
     ours, queries = found.split([len(support), len(query)])
     means = torch.stack([ours[at == i].mean(0) for i in range(len(classes))])
@@ -94,6 +95,8 @@ def draw_episodes(
     sizes = {"ways": ways, "shots": shots, "queries": queries, "count": count}
     for label, value in sizes.items():
         check_whole(op, label, value)
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise invalid(op, "labels", "be [N] integers", f"{labels.dtype} {shape(labels)}")
     each = shots + queries
     rows = [(labels == one).nonzero().flatten() for one in labels.unique()]
     rows = [own for own in rows if len(own) >= each]
@@ -159,6 +162,9 @@ def evaluate(
         batch_size: Images of one forward.
     """
     check_whole("evaluate", "episodes", episodes)
+    if len(labels) != len(images):
+        rule = f"be one for each of {len(images)} images"
+        raise invalid("evaluate", "labels", rule, shape(labels))
     drawn = draw_episodes(
         labels, ways=ways, shots=shots, queries=queries, count=episodes, seed=seed
     )
@@ -168,6 +174,7 @@ def evaluate(
 
 def score_episodes(features: Tensor, drawn: Iterator[Tensor], shots: int) -> Episodes:
     """Accuracies of nearest class means, of features ``[N, E]`` and rows of tasks."""
+    _check_finite("score_episodes", features)
     accuracies = []
     for rows in drawn:
         own = features[rows.to(features.device)]
@@ -177,6 +184,12 @@ def score_episodes(features: Tensor, drawn: Iterator[Tensor], shots: int) -> Epi
         accuracies.append((scores.argmax(-1) == truth).double().mean())
     accuracies = torch.stack(accuracies).cpu()
     return Episodes(float(accuracies.mean()), half_interval(accuracies), accuracies)
+
+
+def _check_finite(op: str, features: Tensor) -> None:
+    # Of NaN distances the first would pass for the nearest.
+    if not features.isfinite().all():
+        raise invalid(op, "features", "be finite", "NaN or infinity")
 
 
 def half_interval(values: Tensor) -> float:

@@ -22,7 +22,14 @@ from lora_fused.methods.progress import show
 from lora_fused.methods.recycle.images import Images, pixel_bounds
 from lora_fused.methods.recycle.pool import Pool, named_classes
 from lora_fused.methods.recycle.priors import NoPrior, Prior
-from lora_fused.methods.recycle.runs import Saved, fingerprint, load_optimizer, optimizer_state
+from lora_fused.methods.recycle.runs import (
+    Saved,
+    fingerprint,
+    load_optimizer,
+    model_tensors,
+    optimizer_state,
+    wide,
+)
 from lora_fused.methods.recycle.teachers import Head, Teachers, plain_heads
 
 _OP = "invert"
@@ -92,6 +99,10 @@ def invert(
     Raises:
         ValueError: a wrong argument; a checkpoint of another run; a loss that is not finite.
 
+    Numerics:
+        Pixels, heads and losses are float32 also where the model is of 16 bits; views and features
+        have its dtype.
+
     Cost:
         One forward and backward of all rows per step, for any number of teachers; pixels' gradients
         alone are formed.
@@ -106,7 +117,7 @@ def invert(
     height, width = _sides(size)
     jitter = max(1, min(height, width) // 8) if jitter is None else jitter
     options = {"per_class": per_class, "steps": steps, "seed": seed, "jitter": jitter}
-    _check(options | {"channels": channels}, checkpoint_every, prior_weight, prune_from)
+    _check(options | {"channels": channels}, checkpoint_every, lr, prior_weight, prune_from)
     options |= {"size": (height, width), "range": pixel_range, "weight": prior_weight, "lr": lr}
     options |= {"betas": betas, "heads": list(heads), "prior": type(prior).__name__}
     options |= {"prune": None if prune is None else repr(prune), "prune_from": prune_from}
@@ -114,6 +125,7 @@ def invert(
         _OP, handle, heads, [per_class * len(w) for w, _ in heads.values()], features
     )
     like = next(handle.model.parameters()).detach()
+    like = like.to(wide(like.dtype))  # Adam's epsilon is 0 in float16
     bounds = pixel_bounds(_OP, pixel_range, channels, like)
     images = Images(list(heads), teachers.counts, (channels, height, width), seed, bounds)
     labels = [
@@ -198,7 +210,7 @@ class Objective:
 
 def _weights(handle, heads: Mapping[str, tuple], prior: Prior) -> Iterator[Tensor]:
     """Every tensor that the losses depend on."""
-    yield from handle.model.parameters()
+    yield from model_tensors(handle.model)
     for name, head in heads.items():
         yield from (t for t in head if t is not None)
         for part in handle.bank.adapter(name).modules.values():
@@ -215,10 +227,14 @@ def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def _check(whole: dict[str, int], every: int, prior_weight: float, prune_from: float) -> None:
+def _check(
+    whole: dict[str, int], every: int, lr: float, prior_weight: float, prune_from: float
+) -> None:
     for label, value in whole.items():
         check_whole(_OP, label, value, 0 if label in ("jitter", "seed") else 1)
     check_whole(_OP, "checkpoint_every", every)
+    if not 0 < lr < float("inf"):
+        raise invalid(_OP, "lr", "be a positive number", lr)
     if not 0 <= prior_weight < float("inf"):
         raise invalid(_OP, "prior_weight", "be 0 or a positive number", prior_weight)
     if not 0 <= prune_from <= 1:

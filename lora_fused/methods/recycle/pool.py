@@ -45,6 +45,10 @@ class Pool:
             if tensor is not None and (tensor.dim() != axes or len(tensor) != rows):
                 rule = f"have {axes} axes and a row for each of {rows} images"
                 raise invalid(_OP, label, rule, shape(tensor))
+        for label in ("labels", "teachers", "kept"):
+            tensor = getattr(self, label)
+            if tensor is not None and tensor.is_floating_point():
+                raise invalid(_OP, label, "be integers", tensor.dtype)
         if len(self.class_names) != len(self.names):
             rule = f"name the classes of {len(self.names)} teachers"
             raise invalid(_OP, "class_names", rule, len(self.class_names))
@@ -63,7 +67,7 @@ class Pool:
         return f"Pool({len(self)} images, {len(self.names)} teachers, {classes} classes{tokens})"
 
     def tensors(self) -> list[Tensor]:
-        """Everything that decides a training run on the pool."""
+        """Everything that decides a training run on the pool, but for ``class_names``."""
         held = [self.images, self.labels, self.teachers, self.logits]
         return held if self.kept is None else [*held, self.kept]
 

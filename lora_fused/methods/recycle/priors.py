@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fused.checks import invalid
+from lora_fused.methods.recycle.runs import fitted
 
 _OP = "FeatureStatistics"
 
@@ -207,7 +208,8 @@ class FeatureStatistics(Prior):
 
     def __call__(self, images: Tensor, counts: Sequence[int]) -> Tensor:
         if not self._inside:
-            self.network(images if self.transform is None else self.transform(images))
+            images = images if self.transform is None else self.transform(images)
+            self.network(fitted(images, self.network))
         silent = self.targets.keys() - {name for name, _ in self._captured}
         if silent:
             raise invalid(_OP, "targets", "run in every forward", sorted(silent)[:5])

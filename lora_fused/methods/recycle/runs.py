@@ -6,32 +6,48 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid, shape
 
 
 def checked_bank(op: str, handle) -> AdapterBank:
-    """The bank of a handle whose model is in eval mode."""
+    """The bank of a handle whose model is in eval mode, every part of it."""
     bank = getattr(handle, "bank", None)
     if not isinstance(bank, AdapterBank):
         raise invalid(op, "handle", "be that of an attached model", type(handle).__name__)
-    if handle.model.training:
+    modules = handle.model.named_modules()  # an adapter's own mode means nothing
+    training = [name for name, one in modules if one.training and "lora_" not in name]
+    if training:
         rule = "be in eval mode (model.eval()): dropout and batch statistics would mix the rows"
-        raise invalid(op, "model", rule, "train mode")
+        got = f"train mode of {training[0]!r}" if training[0] else "train mode"
+        raise invalid(op, "model", rule, got)
     return bank
 
 
 def features_of(op: str, handle, features: Callable | None, images: Tensor) -> Tensor:
-    """``[N, E]`` of the images, moved to the model's device, under the mixture in force."""
-    images = images.to(next(handle.model.parameters()).device)
-    found = (handle.model if features is None else features)(images)
+    """``[N, E]`` of the images, on the model's device and in its dtype, under the mixture in force.
+
+    Of a 16-bit model in float32: losses and squared distances of theirs would overflow or tie.
+    """
+    found = (handle.model if features is None else features)(fitted(images, handle.model))
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
         got = shape(found) if isinstance(found, Tensor) else type(found).__name__
         rule = f"give one row of features for each of {len(images)} images (else pass features=)"
         raise invalid(op, "model", rule, got)
-    return found
+    return found.to(wide(found.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def fitted(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the model's device and, unless they are integers, in its dtype."""
+    one = next(model.parameters(), images)
+    return images.to(one if images.is_floating_point() else one.device)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -48,6 +64,11 @@ def fingerprint(facts: Mapping, tensors: Iterable[Tensor]) -> str:
         digest.update(f"{tensor.dtype}{shape(tensor)}".encode())
         digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
     return digest.hexdigest()[:32]
+
+
+def model_tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers (BatchNorm's statistics decide features too), but no adapters."""
+    return [t for t in model.state_dict().values() if isinstance(t, Tensor)]
 
 
 class Saved:

@@ -67,15 +67,14 @@ class Tasks:
     def _of_several(self, generator: torch.Generator) -> list[tuple]:
         """Classes of as many teachers as there are, each name once."""
         order = torch.randperm(len(self._classes), generator=generator).tolist()
-        chosen, rest, names = [], [], set()
-        for i in order:
-            known = {c[0] for c in chosen}
-            (rest if self._classes[i][0] in known else chosen).append(self._classes[i])
-        found = []
-        for one in chosen + rest:
-            if one[2] not in names and len(found) < self._ways:
-                names.add(one[2])
-                found.append(one)
+        found, teachers, names = [], set(), set()
+        for spread in (True, False):  # at first one class of each teacher
+            for one in (self._classes[i] for i in order):
+                taken = one[2] in names or (spread and one[0] in teachers)
+                if not taken and len(found) < self._ways:
+                    found.append(one)
+                    teachers.add(one[0])
+                    names.add(one[2])
         return found
 
     def _task(self, chosen: list[tuple], teacher: int | None, generator) -> Task:

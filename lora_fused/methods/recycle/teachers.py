@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_fused.checks import check_whole, invalid, shape
 from lora_fused.methods.recycle.pool import Pool, named_classes
-from lora_fused.methods.recycle.runs import checked_bank, features_of
+from lora_fused.methods.recycle.runs import checked_bank, features_of, wide
 from lora_fused.mixture import Mixture
 
 Head = nn.Linear | tuple[Tensor, Tensor | None]
@@ -19,9 +19,10 @@ Head = nn.Linear | tuple[Tensor, Tensor | None]
 def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
     """Adapter -> (weight ``[L, E]``, bias ``[L]`` or None), of known adapters, without grad.
 
-    In the model's dtype and on its device.
+    In float32, float64 for such a model, and on the model's device.
     """
-    bank, like = checked_bank(op, handle), next(handle.model.parameters())
+    bank, like = checked_bank(op, handle), next(handle.model.parameters()).detach()
+    like = like.to(wide(like.dtype))
     if not isinstance(heads, Mapping) or not heads:
         rule = "be a dict of at least one adapter's head"
         raise invalid(op, "heads", rule, repr(heads))
@@ -32,6 +33,8 @@ def plain_heads(op: str, handle, heads: Mapping[str, Head]) -> dict[str, tuple]:
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             got = f"{shape(weight)} and {None if bias is None else shape(bias)}"
             raise invalid(op, f"head of {name!r}", "be [L, E] and [L] or None", got)
+        if len(weight) < 2:  # a softmax of one class is 1 of any image
+            raise invalid(op, f"head of {name!r}", "have at least two classes", len(weight))
         bias = None if bias is None else bias.detach().to(like)
         found[name] = (weight.detach().to(like), bias)
     return found

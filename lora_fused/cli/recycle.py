@@ -32,8 +32,8 @@ Model = Annotated[
     str,
     typer.Option(
         metavar="PATH",
-        help="A transformers folder of a vision model, or timm's name (timm finds the weights; "
-        "local-dir:PATH is a folder).",
+        help="A transformers folder of a vision model (hubs are not asked), or timm's name (timm "
+        "finds the weights; local-dir:PATH is a folder).",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
@@ -68,12 +68,14 @@ def invert(
         ),
     ] = None,
     per_class: Annotated[int, typer.Option(help="Images of each class.")] = 16,
-    steps: Annotated[int, typer.Option(help="Of Adam.")] = 2000,
-    lr: Annotated[float, typer.Option(help="Of Adam, on pixels.")] = 0.25,
+    steps: Annotated[int, typer.Option(help="Steps of Adam on the pixels.")] = 2000,
+    lr: Annotated[
+        float, typer.Option(help="Step of Adam, in the pixels' normalised units.")
+    ] = 0.25,
     prior: Annotated[
         str, typer.Option(help="tv, batchnorm (the model's own), tokens (--prior-images) or none.")
     ] = "tv",
-    prior_weight: Annotated[float, typer.Option(help="Its factor.")] = 0.01,
+    prior_weight: Annotated[float, typer.Option(help="Factor of the prior in the loss.")] = 0.01,
     prior_images: Annotated[
         str | None,
         typer.Option(help="For tokens: natural images of other data, as for eval --images."),
@@ -148,8 +150,10 @@ def distil(
     model: Model,
     pool: Annotated[str, typer.Option(metavar="POOL", help="What invert has written.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The PEFT folder to write.")],
-    rank: Annotated[int, typer.Option(help="Of the meta-LoRA.")] = 4,
-    alpha: Annotated[float | None, typer.Option(help="Default: the rank.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the meta-LoRA.")] = 4,
+    alpha: Annotated[
+        float | None, typer.Option(help="Scale times rank. Default: the rank.")
+    ] = None,
     targets: Annotated[
         str | None,
         typer.Option(help="Modules, with commas between. Default: q,v; qkv where they are one."),
@@ -164,10 +168,10 @@ def distil(
         bool, typer.Option("--sparse-tokens", help="Run on the tokens that invert --prune kept.")
     ] = False,
     temperature: Annotated[
-        float, typer.Option(help="Distances are divided by it; try the features' size.")
+        float, typer.Option(help="Squared distances of features are divided by it.")
     ] = 1.0,
     steps: Annotated[int, typer.Option(help="Tasks, one a step.")] = 2000,
-    lr: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     seed: Seed = 0,
     checkpoint: CheckpointPath = None,
     checkpoint_every: Every = 100,

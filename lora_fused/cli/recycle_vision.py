@@ -80,7 +80,8 @@ def load_vision(name: str, modules: Iterable[str] = (), device: str = "cpu") -> 
     found = _transformers if Path(name).is_dir() else _timm
     if found is _timm and ":" not in name and ("/" in name or find_spec("timm") is None):
         reason = "" if "/" in name else " (names of timm's models need: pip install timm)"
-        raise FileNotFoundError(f"{_OP}: no such folder: {name}{reason}")
+        what = "no folder of transformers" if Path(name).exists() else "no such folder"
+        raise FileNotFoundError(f"{_OP}: {what}: {name}{reason} (hubs are not asked)")
     model, features, prepare, head = found(name, modules)
     model.eval().requires_grad_(False).to(device)
     black, white = (prepare([_plain(level)])[0] for level in (0, 255))

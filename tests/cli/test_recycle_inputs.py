@@ -298,8 +298,8 @@ def test_distil_refuses(run, world, tmp_path):
     out = ("--pool", pool, "-o", tmp_path / "meta")
     small = ("--ways", 2, "--queries", 1)
     for options, words in (
-        ((), "pool must hold 5 classes of other names, of two teachers"),
-        ((*small, "--queries", 2), "with 3 images each"),
+        (("--queries", 1), "pool must hold 5 classes of other names, of two teachers"),
+        ((*small, "--queries", 2), "shots + queries must be at most 2, the pool's images"),
         ((*small, "--sparse-tokens"), "pool must have kept tokens"),
         ((*small, "--targets", "q,w"), "got ['w']"),
         ((*small, "--rank", 0), "rank must be"),

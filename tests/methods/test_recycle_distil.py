@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import warnings
 
 import pytest
 import torch
@@ -79,6 +81,16 @@ def test_losses_fall():
     for mixed in (True, False):
         losses = found.losses[found.mixed == mixed]
         assert losses[-20:].mean() < 0.7 * losses[:20].mean()
+
+
+def test_distances_that_leave_a_one_hot_softmax_are_told():
+    with pytest.warns(UserWarning, match="makes them 16") as told:
+        run(steps=2, temperature=0.1)
+    assert len(told) == 1
+    good = float(re.search(r"\(temperature ([^ ]+) makes", str(told[0].message))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(steps=1, temperature=good)
 
 
 def test_the_teachers_need_not_be_there():
@@ -286,7 +298,10 @@ def test_peft_loads_the_meta_lora_and_gives_the_same_features(tmp_path):
         ({"ways": 1}, "ways must be an integer of at least 2"),
         ({"ways": 4, "interpolate": False}, "pool must hold a teacher with 4 classes with 4"),
         ({"ways": 10}, "pool must hold 10 classes of other names, of two teachers"),
-        ({"queries": 6}, "with 7 images each"),
+        (
+            {"queries": 6},
+            r"shots \+ queries must be at most 6, the pool's images of a class, got 7",
+        ),
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"temperature": -1.0}, "temperature must be a positive number"),
         ({"restart_every": 0}, "restart_every must be an integer"),

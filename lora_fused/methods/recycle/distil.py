@@ -14,6 +14,7 @@ one module whose parameters are replaced under the optimiser). Kept tokens are t
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from lora_fused.methods.recycle.runs import (
 from lora_fused.methods.recycle.tasks import Task, Tasks
 
 _OP = "distil"
+_GOOD_DISTANCE = 16  # divided, between features: a softmax of them still has a gradient
 
 
 class Distilled(NamedTuple):
@@ -95,8 +97,9 @@ def distil(
             on whole images.
         steps: Tasks, one a step.
         lr: Of Adam; from it to 0 by a cosine of ``restart_every`` steps, again and again.
-        temperature: Distances are divided by it. Features of norm sqrt(E) have distances of about
-            E, of which a softmax is all but one-hot at 1.
+        temperature: Squared distances are divided by it. Features of norm sqrt(E) have distances of
+            about 2 E, of which a softmax is all but one-hot at 1: a warning says so, and names the
+            temperature that makes them 16.
         features: As in ``invert``.
         seed: Of the tasks.
         checkpoint, checkpoint_every, progress: As in ``invert``.
@@ -136,9 +139,12 @@ def distil(
             state.load(found)
         for step in range(done, steps):
             task = tasks.draw(state.generator)
-            loss = task_loss(student(task), task, pool, shots, temperature)
+            found = student(task)
+            loss = task_loss(found, task, pool, shots, temperature)
             if not loss.isfinite():
                 raise invalid(_OP, "loss", "stay finite", loss.item())
+            if step == 0:
+                _warn_of_distances(found.detach(), shots, temperature)
             state.descend(loss, cosine(lr, step, restart_every))
             state.losses[step], state.mixed[step] = loss.detach(), task.teacher is None
             now = step + 1
@@ -148,6 +154,17 @@ def distil(
         if not all(p.isfinite().all() for p in parameters):
             raise invalid(_OP, "loss", "have finite gradients", "NaN or infinity")
     return Distilled(bank.adapter(adapter), state.losses, state.mixed)
+
+
+def _warn_of_distances(features: Tensor, shots: int, temperature: float) -> None:
+    """Warn where distances of the first task are so large that their softmax is all but one-hot."""
+    scores = prototype_scores(features[:, :shots], features[:, shots:].flatten(0, 1))
+    far = -float(scores.mean())
+    if far > 4 * _GOOD_DISTANCE * temperature:
+        told = f"{_OP}: squared distances of features are about {far:.3g}; of these, divided by "
+        told += f"temperature {temperature:g}, a softmax is all but one-hot (temperature "
+        told += f"{far / _GOOD_DISTANCE:.2g} makes them {_GOOD_DISTANCE})"
+        warnings.warn(told, stacklevel=3)
 
 
 class _State:

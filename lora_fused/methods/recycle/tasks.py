@@ -43,6 +43,12 @@ class Tasks:
                 rows = found.nonzero().flatten()
                 if len(rows) >= each:
                     self._classes.append((teacher, label, name, rows))
+        if not self._classes:
+            most = int(
+                torch.stack([pool.teachers, pool.labels]).unique(dim=1, return_counts=True)[1].max()
+            )
+            rule = f"be at most {most}, the pool's images of a class"
+            raise invalid(op, "shots + queries", rule, each)
         of = [teacher for teacher, *_ in self._classes]
         self._whole = [t for t in range(len(pool.names)) if of.count(t) >= ways]
         has = f"{each} images each (shots + queries)"

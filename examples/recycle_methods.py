@@ -29,7 +29,8 @@ SETS = {
     "mnist": ("mnist", 60),
     "development": (VALIDATION, 50),
 }
-FREE = ("frozen", "uniform", "best-teacher", *METAS)
+UNIT = "-unit"  # of features divided by their norm: cosines in the place of distances
+FREE = ("frozen", "uniform", "best-teacher", *METAS, f"frozen{UNIT}", f"meta-mixed{UNIT}")
 TUNED = ("linear", "lorahub", "lora", "full")
 
 
@@ -76,6 +77,9 @@ class FewShot(Experiment):
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def _features(self, method: str, name: str) -> list[Tensor]:
         """Of all images of a set; of the best teacher, one for each."""
+        if method.endswith(UNIT):
+            of = self._features(method.removesuffix(UNIT), name)
+            return [F.normalize(features, dim=-1) for features in of]
         images, _ = self.set(name)
         if method in METAS:
             return [embed(self.meta(method), "meta", images)]

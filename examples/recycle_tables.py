@@ -23,6 +23,8 @@ NAMES = {
     "meta-mixed-75": "... 75 %",
     "meta-noise": "... of noise (control)",
     "meta-real": "... of the teachers' data (upper bound)",
+    "frozen-unit": "frozen features of length one",
+    "meta-mixed-unit": "meta-LoRA, interpolated, of length one",
     "linear": "linear",
     "lorahub": "LoRAHub + linear",
     "lora": "LoRA + linear",

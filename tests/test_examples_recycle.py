@@ -90,7 +90,7 @@ def run(example, tiny, data, tmp_path, capsys):
 def test_it_resumes_as_if_it_had_never_stopped(run, tmp_path, example):
     whole, told = run("whole.csv", "--grid", tmp_path)
     phases = [row["phase"] for row in whole]
-    free = 3 + len(example.METAS)
+    free = len(example.FREE)
     assert phases.count("cell") == 2 * 2 * free and phases.count("tuned") == 2 * 2 * 4 * 2
     assert phases.count("teacher") == 2 and phases.count("meta") == len(example.METAS)
     lines = (tmp_path / "whole.csv").read_text().splitlines(keepends=True)
@@ -188,6 +188,15 @@ def test_all_methods_meet_the_same_episodes(experiment):
     assert any(float(v) for v in moved["differences"].split())  # so the test can fail
     again = one.tuned("full", "unseen", 1, rates, 1, 2)
     assert float(again["minus_frozen"]) == 0  # it began anew
+
+
+def test_features_of_length_one_have_the_same_directions(experiment):
+    one = experiment("unit")
+    for name in one.names:
+        one.teacher(name)
+    (plain,), (unit,) = (one._features(method, "unseen") for method in ("frozen", "frozen-unit"))
+    assert torch.allclose(unit.norm(dim=1), torch.ones(len(unit)))
+    assert torch.allclose(unit * plain.norm(dim=1, keepdim=True), plain, atol=1e-5)
 
 
 def test_peft_loads_a_meta_lora(experiment):

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,27 @@ from lora_fused.methods.recycle import Pool, distil, embed, invert, label_pool
 from lora_fused.nn.prune import prune_tokens
 
 DROPPED = (25, 50, 75)  # per cent of the patches, half of that share behind each of two blocks
-# Of a meta-LoRA: (its pool, tasks across teachers).
+
+
+class Meta(NamedTuple):
+    """What a meta-LoRA is made of: its pool, tasks across teachers, features of length one."""
+
+    pool: str
+    mixed: bool = True
+    unit: bool = False
+
+
 METAS = {
-    "meta": ("whole", False),
-    "meta-mixed": ("whole", True),
-    **{f"meta-mixed-{share}": (f"dropped-{share}", True) for share in DROPPED},
-    "meta-noise": ("noise", True),
-    "meta-real": ("real", True),
+    "meta": Meta("whole", mixed=False),
+    "meta-mixed": Meta("whole"),
+    **{f"meta-mixed-{share}": Meta(f"dropped-{share}") for share in DROPPED},
+    "meta-noise": Meta("noise"),
+    "meta-real": Meta("real"),
+    "unit-meta": Meta("whole", unit=True),
+    "unit-meta-real": Meta("real", unit=True),
 }
+# Distances of features of length one are at most 4; divided by it they are as large as the others.
+UNIT_TEMPERATURE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,12 +274,16 @@ class Experiment:
         if folder.is_dir():
             bank.add(dataclasses.replace(read_adapter(folder), name="meta"))
             return attach(copied(self.model), bank)
-        kind, mixed = METAS[name]
-        pool = self.pool(kind)
+        kind = METAS[name]
+        pool = self.pool(kind.pool)
         targets = list(self.base.targets)
         options = {"rank": s.rank, "target_modules": targets, "seed": self.seed}
         bank.add(new_adapter(self.model, "meta", **options))
         handle = attach(copied(self.model), bank)
+        special = {"temperature": self.base.temperature}
+        if kind.unit:
+            special = {"features": lambda images: F.normalize(handle.model(images), dim=-1)}
+            special["temperature"] = UNIT_TEMPERATURE
         with self.timed(folder), self.checkpoint(name) as where:
             made = distil(
                 handle,
@@ -274,13 +292,13 @@ class Experiment:
                 ways=s.classes,
                 shots=1,
                 queries=s.per_class - 1,
-                interpolate=mixed,
+                interpolate=kind.mixed,
                 sparse_tokens=prune_tokens if pool.kept is not None else None,
                 steps=s.distil_steps,
                 lr=s.distil_rate,
                 restart_every=s.restart_every,
-                temperature=self.base.temperature,
                 seed=self.seed,
+                **special,
                 **where,
             )
         save_file({"losses": made.losses}, self.cache / f"{name}.losses.safetensors")

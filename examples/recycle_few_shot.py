@@ -120,7 +120,7 @@ class Run:
                     self.cell(make, phase="tuned", **key, rate=rates[0])
 
     def _can(self, method: str) -> bool:
-        pruned = method in METAS and METAS[method][0].startswith("dropped")
+        pruned = method in METAS and METAS[method].pool.startswith("dropped")
         return self.experiment.base.prunable or not pruned
 
     def _parts(self) -> Iterator[tuple[int, int, int]]:
@@ -130,7 +130,7 @@ class Run:
 
     def made(self, method: str) -> None:
         """The rows of a meta-LoRA and of its pool."""
-        kind = METAS[method][0]
+        kind = METAS[method].pool
         self.cell(functools.partial(self._pool, kind), phase="pool", method=kind)
         self.cell(functools.partial(self._meta, method), phase="meta", method=method)
 

@@ -30,7 +30,9 @@ SETS = {
     "development": (VALIDATION, 50),
 }
 UNIT = "-unit"  # of features divided by their norm: cosines in the place of distances
-FREE = ("frozen", "uniform", "best-teacher", *METAS, f"frozen{UNIT}", f"meta-mixed{UNIT}")
+_PLAIN = tuple(name for name, kind in METAS.items() if not kind.unit)
+_UNIT = tuple(name for name, kind in METAS.items() if kind.unit)
+FREE = ("frozen", "uniform", "best-teacher", *_PLAIN, f"frozen{UNIT}", f"meta-mixed{UNIT}", *_UNIT)
 TUNED = ("linear", "lorahub", "lora", "full")
 
 
@@ -82,7 +84,8 @@ class FewShot(Experiment):
             return [F.normalize(features, dim=-1) for features in of]
         images, _ = self.set(name)
         if method in METAS:
-            return [embed(self.meta(method), "meta", images)]
+            found = embed(self.meta(method), "meta", images)
+            return [F.normalize(found, dim=-1) if METAS[method].unit else found]
         mixtures = {"frozen": [None], "uniform": [uniform(self.handle.bank)]}
         return [embed(self.handle, one, images) for one in mixtures.get(method, self.names)]
 

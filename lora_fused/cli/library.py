@@ -9,7 +9,7 @@ import typer
 
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Overwrite, Quiet
-from lora_fused.cli.base_model import asked, load_base, steps
+from lora_fused.cli.base_model import asked, load_base, place_of, steps
 from lora_fused.cli.console import (
     Reporter,
     check_page,
@@ -33,7 +33,8 @@ Store = Annotated[
     str | None, typer.Option(help="Folder of the weights, where the URI is no folder.")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Folder of the frozen base, or the package that holds it.")
+    str | None,
+    typer.Option(help="Folder of the frozen base, or its package. Default: that of create."),
 ]
 Inputs = Annotated[
     str | None, typer.Option(help="A file of inputs: .txt, one per line, or .jsonl.")
@@ -59,7 +60,7 @@ def create(
     base_name: Annotated[
         str | None,
         typer.Option(
-            help="What adapters' configs call the base, where that is not what its own does."
+            help="What adapters' configs call the base. Default: the folder's or package's name."
         ),
     ] = None,
     layer: Annotated[
@@ -83,13 +84,15 @@ def create(
 
     layer = int(layer) if layer is not None and layer.lstrip("-").isdigit() else layer
     options = {"layer": layer, "pooling": pooling, "normalize": normalize, "max_length": max_length}
+    place = place_of(model)
     base = load_base(model, Reporter(quiet))
     probe = embed(base.model, ["a text"], tokenizer=base.tokenizer, progress=False, **options)
     library = AdapterLibrary.create(
         uri,
         base=base.model,
         size=probe.shape[1],
-        base_name=base_name,
+        base_name=base_name or place,
+        base_place=place,
         minimum=minimum,
         store=store,
         **options,
@@ -380,6 +383,6 @@ def _row(entry) -> list[object]:
 
 
 def _space(uri: str, space) -> dict:
-    told = {name: getattr(space, name) for name in ("size", "base", "fingerprint", "minimum")}
-    names = ("layer", "pooling", "normalize", "max_length")
-    return {"library": uri, **told, **{name: getattr(space, name) for name in names}}
+    names = ("size", "base", "base_place", "fingerprint", "minimum")
+    names += ("layer", "pooling", "normalize", "max_length")
+    return {"library": uri, **{name: getattr(space, name) for name in names}}

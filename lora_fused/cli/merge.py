@@ -9,7 +9,7 @@ import typer
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, Overwrite, Quiet
-from lora_fused.cli.console import Reporter, finite, print_json, stdout, table
+from lora_fused.cli.console import Reporter, finite, print_json, stdout, table, tell_strays
 
 _DEFAULT = "cat"
 _SHOWN = 20  # adapters
@@ -86,6 +86,7 @@ def merge(
     found, numbers, options = _asked(paths, weights, recipe, options)
     target = _target(output, overwrite, dry_run, found)
     reporter = Reporter(quiet)
+    tell_strays(paths or [], reporter)
     bank = load(found, reporter, any_base, allow_pickle)
     given = dict(zip(bank.names, numbers, strict=True))
     merged = _merged(bank, given, options, reporter)

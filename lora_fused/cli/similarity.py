@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
-from lora_fused.cli.console import Reporter, check_page, print_json, say, stdout, table
+from lora_fused.cli.console import (
+    Reporter,
+    check_page,
+    print_json,
+    say,
+    stdout,
+    table,
+    tell_strays,
+)
 
 
 def similarity(
@@ -33,6 +41,7 @@ def similarity(
     if html is not None:
         check_page(html, "similarity", "--html")
     reporter, found = Reporter(quiet), expand(paths)
+    tell_strays(paths, reporter)
     bank = load(found, reporter, any_base, allow_pickle)
     with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:
         result = compare_adapters(bank)

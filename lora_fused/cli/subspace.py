@@ -7,7 +7,7 @@ import typer
 
 from lora_fused.adapters import AdapterBank
 from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
-from lora_fused.cli.console import Reporter, print_json, say, stdout, table
+from lora_fused.cli.console import Reporter, print_json, say, stdout, table, tell_strays
 
 app = typer.Typer(no_args_is_help=True, help="Fit, use and judge one basis for many adapters.")
 
@@ -263,6 +263,7 @@ def _load(
     from lora_fused.io.subspace import check_same_base
 
     found = expand(paths)
+    tell_strays(paths, reporter)
     with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
         bank = load_adapters(
             found,

@@ -84,6 +84,7 @@ def merge(
     }
     options = {key: value for key, value in options.items() if value is not None}
     found, numbers, options = _asked(paths, weights, recipe, options)
+    _check_density(options)
     target = _target(output, overwrite, dry_run, found)
     reporter = Reporter(quiet)
     tell_strays(paths or [], reporter)
@@ -118,6 +119,16 @@ def _asked(paths, weights: str | None, recipe: str | None, options: dict):
         raise invalid("merge", "paths", "name adapters (or give --recipe)", "none")
     found = expand(paths)
     return found, _numbers(weights, found), options
+
+
+def _check_density(options: dict) -> None:
+    """Before anything is read."""
+    from lora_fused.methods.merge_request import RULES, TYPES
+
+    kind = options.get("combination_type", _DEFAULT)
+    if kind in TYPES and kind.startswith(RULES) and "density" not in options:
+        rule = f"be given for --type {kind}: the share of entries to keep, in (0, 1]"
+        raise invalid("merge", "--density", rule, "none")
 
 
 def _numbers(weights: str | None, found: list[Path]) -> list[float]:

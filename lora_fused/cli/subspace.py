@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_fused.adapters import AdapterBank
+from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
 from lora_fused.cli.console import Reporter, print_json, say, stdout, table, tell_strays
 
@@ -39,6 +40,9 @@ def fit(
     from lora_fused.io import save_subspace
     from lora_fused.methods import fit_subspace
 
+    if (rank is None) == (energy is None):
+        got = "neither" if rank is None else "both"
+        raise invalid("subspace fit", "--rank or --energy", "be given, one of the two", got)
     _check_target(output, overwrite)
     reporter = Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base)

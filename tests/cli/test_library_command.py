@@ -179,7 +179,7 @@ def test_add_refuses_few_examples_and_adds_nothing(run, empty, base, tmp_path):
     save_adapter(tmp_path / "few", 5)
     (tmp_path / "few.txt").write_text("cat likes dog\n" * 9)
     add = ("library", "add", empty, tmp_path / "few", "--examples", tmp_path / "few.txt")
-    fault(run(*add, "--model", base), "'few'", "at least 10")
+    fault(run(*add, "--model", base), "'few'", "at least 10", "(--minimum)")
     assert said(run("library", "list", empty, "--json")) == []
     assert run(*add, "--model", base, "--minimum", 9, "-q").exit_code == 0
     assert said(run("library", "list", empty, "--json"))[0]["counts"] == [9]

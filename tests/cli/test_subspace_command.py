@@ -198,7 +198,9 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(run, fitted, tmp
 
 def test_errors_are_one_line(run, fitted, folders, tmp_path):
     new = ("-o", tmp_path / "new", "-q")
-    fault(run("subspace", "fit", *folders, *new), "rank and energy must be given one of the two")
+    for options, got in (((), "neither"), (("--rank", 2, "--energy", 0.5), "both")):
+        done = run("subspace", "fit", tmp_path / "none", *options, *new)  # nothing is read
+        fault(done, f"--rank or --energy must be given, one of the two, got {got}")
     for option, words in (
         (("--rank", 0), "rank must be an integer of at least 1, got 0"),
         (("--rank", 99), "rank must be at most"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank
-from lora_fused.checks import check_whole, invalid
+from lora_fused.checks import check_whole, invalid, some
 from lora_fused.io.find import Paths
 from lora_fused.io.packed import PackedStore, locked
 from lora_fused.io.packed_records import Record
@@ -350,9 +350,8 @@ class AdapterLibrary(LibraryReader):
 
 
 def _taken(names: Iterable[str]) -> ValueError:
-    some = ", ".join(sorted(map(repr, names))[:4])
     rule = "be new (update() changes an entry, existing='skip' passes over it)"
-    return invalid(OP, "names", rule, some)
+    return invalid(OP, "names", rule, some(sorted(map(repr, names))))
 
 
 def _now() -> datetime.datetime:

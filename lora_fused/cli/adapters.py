@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_fused.adapters import Adapter
-from lora_fused.cli.console import Reporter, expand, print_json, stdout, table, tell_strays
+from lora_fused.cli.console import Reporter, counted, expand, print_json, stdout, table, tell_strays
 from lora_fused.cli.facts import Facts, facts_of, inert
 from lora_fused.methods.initialisations import shared_initialisations
 
@@ -48,7 +48,7 @@ def inspect(
     adapters, facts, unreadable = [], [], []
     found, reporter = expand(paths), Reporter(quiet)
     passed = [str(path) for path in tell_strays(paths, reporter)]
-    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         for path, reason in found:
             adapter, reason = _read(path, reason, allow_pickle)
             if reason is None:
@@ -127,7 +127,7 @@ def _show(facts: list[Facts], groups: list[dict], unreadable: list[dict]) -> Non
         columns |= {"modules": "left", "dtype": "left", **dict.fromkeys(numbers, "right")}
         columns |= {"saved": "left"} if any(fact.saved_modules for fact in facts) else {}
         rows = [[str(cells[name]) for name in columns] for cells in map(_cells, facts)]
-        console.print(table(f"{len(facts)} adapters, {base}", columns, rows))
+        console.print(table(f"{counted(len(facts), 'adapter')}, {base}", columns, rows))
         say("norm and effective rank: least / median / largest over the modules")
     for fact in facts:
         for fault in fact.faults:

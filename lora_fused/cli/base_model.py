@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lora_fused.checks import invalid
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -92,10 +92,12 @@ def asked(
     if (inputs is None) == (not text):
         got = "both" if text else "neither"
         raise invalid("library", "--inputs and --text", "be given one of them", got)
+    if not len(library):
+        raise invalid("library", "URI", "hold entries", "none")
     texts = text or read_texts(inputs, field)
     base = base_of(library, model, reporter)
     count = len(texts) + len(also)
-    with reporter.task(f"embedding {count} inputs", count) as advance:
+    with reporter.task(f"embedding {counted(count, 'input')}", count) as advance:
         found = library.embed(
             base.model, [*texts, *also], tokenizer=base.tokenizer, progress=steps(advance)
         )

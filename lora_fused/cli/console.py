@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lora_fused.checks import some
 from lora_fused.io.find import find_adapters, is_adapter
 
 PIPE_WIDTH = 1000  # a table that no terminal limits is as wide as its content
@@ -105,9 +106,9 @@ def check_writable(path: str | os.PathLike, op: str) -> None:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``, ``3 matches``."""
-    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
-    return f"{count} {noun}{ending}"
+    """``1 thread``, ``2 threads``, ``3 matches``, ``4 entries``."""
+    several = {"match": "matches", "entry": "entries"}.get(noun, f"{noun}s")
+    return f"{count} {noun if count == 1 else several}"
 
 
 def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Table:
@@ -138,7 +139,7 @@ def tell_strays(arguments: list[str], reporter: Reporter) -> list[Path]:
     """Say how many matches of patterns are passed over, since they are no adapters."""
     found = strays(arguments)
     if found:
-        shown = ", ".join(map(str, found[:4])) + (", ..." if len(found) > 4 else "")
+        shown = some(map(str, found))
         reporter.say(f"passed over {counted(len(found), 'match')} without an adapter: {shown}")
     return found
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.console import Reporter, counted, print_json, stdout, table
 
 OURS = "lora_fused, one batch"
 
@@ -146,7 +146,8 @@ def _timing_table(timing: dict):
     numbers = ("adapters loaded", "ms", "times the base", "times lora_fused")
     columns |= dict.fromkeys(numbers, "right")
     title = (
-        f"Time of {timing['rows']} rows x {timing['tokens']} tokens, {timing['threads']} threads, "
+        f"Time of {timing['rows']} rows x {timing['tokens']} tokens, "
+        f"{counted(timing['threads'], 'thread')}, "
         f"medians of {timing['rounds']} interleaved rounds"
     )
     return table(title, columns, cells)

@@ -14,6 +14,7 @@ from lora_fused.cli.console import (
     Reporter,
     check_page,
     check_writable,
+    counted,
     finite,
     print_json,
     say,
@@ -174,7 +175,7 @@ def list_entries(
     columns = {"name": "left", "tags": "left", "rank": "right", "examples": "right"}
     columns |= {"KiB": "right", "added": "left"}
     rows = [[*_row(e), f"{e.bytes / 1024:.0f}", f"{e.created:%Y-%m-%d}"] for e in found]
-    stdout().print(table(f"{len(found)} entries", columns, rows))
+    stdout().print(table(counted(len(found), "entry"), columns, rows))
 
 
 @app.command()
@@ -238,7 +239,7 @@ def verify(uri: Uri, store: Store = None, as_json: AsJson = False, quiet: Quiet 
     if as_json:
         print_json({"entries": len(library), "faults": [fault._asdict() for fault in faults]})
     else:
-        say(f"{len(library)} entries, {len(faults)} faults")
+        say(f"{counted(len(library), 'entry')}, {counted(len(faults), 'fault')}")
         for fault in faults:
             say(f"{fault.name}: {fault.what}")
     raise typer.Exit(1 if faults else 0)
@@ -276,7 +277,7 @@ def export(
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
     check_writable(Path(output, names[0]), "library export")
-    with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
+    with Reporter(quiet).task(f"writing {counted(len(names), 'adapter')}", len(names)) as advance:
         for name in names:
             library.export(name, Path(output, name), overwrite_ok=overwrite)
             advance(1)

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_fused.checks import invalid
+from lora_fused.checks import invalid, some
 from lora_fused.cli.base_model import base_of, read_rows, read_texts, steps
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 
 _KEYS = ("adapter", "examples", "name", "tags", "metadata")
 _BATCH = 32  # adapters in a commit
@@ -82,7 +82,7 @@ def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dic
     held = [job.name for job in jobs if job.name in names]
     if held and not options["skip_existing"]:
         rule = "be new (--skip-existing passes over those that are there)"
-        raise invalid("library add", "names", rule, ", ".join(map(repr, held[:4])))
+        raise invalid("library add", "names", rule, some(map(repr, held)))
     left = [job for job in jobs if job.name not in names]
     told = {"added": [], "skipped": held, "noise": None}
     if not left:
@@ -92,7 +92,7 @@ def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dic
     # Noise is reported against the neighbours, so all must be there at once.
     size = len(left) if options["noise"] else _BATCH
     total = sum(len(job.texts) for job in left)
-    label = f"adding {len(left)} adapters by {total} examples"
+    label = f"adding {counted(len(left), 'adapter')} by {counted(total, 'example')}"
     try:
         with reporter.task(label, total) as advance:
             for i in range(0, len(left), size):
@@ -110,7 +110,7 @@ def _check(jobs: list[Job], space, options: dict, reporter: Reporter) -> None:
     """Before the base is loaded: adapters that are damaged, or of another base."""
     from lora_fused.library.entries import check_adapter, other_base
 
-    with reporter.task(f"checking {len(jobs)} adapters", len(jobs)) as advance:
+    with reporter.task(f"checking {counted(len(jobs), 'adapter')}", len(jobs)) as advance:
         for job in jobs:
             adapter = _read(job, options)
             other = other_base(adapter, space)

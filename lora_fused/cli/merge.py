@@ -9,7 +9,7 @@ import typer
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, Overwrite, Quiet
-from lora_fused.cli.console import Reporter, finite, print_json, stdout, table, tell_strays
+from lora_fused.cli.console import Reporter, counted, finite, print_json, stdout, table, tell_strays
 
 _DEFAULT = "cat"
 _SHOWN = 20  # adapters
@@ -168,7 +168,7 @@ def load(found: list[Path], reporter: Reporter, any_base: bool, allow_pickle: bo
     from lora_fused.io import load_adapters
 
     names = _distinct_names(found)
-    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         return load_adapters(
             found,
             names=names,

@@ -10,6 +10,7 @@ from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
 from lora_fused.cli.console import (
     Reporter,
     check_page,
+    counted,
     print_json,
     say,
     stdout,
@@ -43,7 +44,7 @@ def similarity(
     reporter, found = Reporter(quiet), expand(paths)
     tell_strays(paths, reporter)
     bank = load(found, reporter, any_base, allow_pickle)
-    with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:
+    with reporter.task(f"comparing {counted(len(bank), 'adapter')}", 1) as advance:
         result = compare_adapters(bank)
         advance(1)
     angles = principal_angles(bank, *bank.names) if len(bank) == 2 else {}

@@ -8,7 +8,7 @@ import typer
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
-from lora_fused.cli.console import Reporter, print_json, say, stdout, table, tell_strays
+from lora_fused.cli.console import Reporter, counted, print_json, say, stdout, table, tell_strays
 
 app = typer.Typer(no_args_is_help=True, help="Fit, use and judge one basis for many adapters.")
 
@@ -111,7 +111,7 @@ def project(
     subspace, reporter = load_subspace(folder), Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base, subspace)
     adapters, errors = [bank.adapter(name) for name in bank.names], {}
-    with reporter.task(f"projecting {len(adapters)} adapters", len(adapters)) as advance:
+    with reporter.task(f"projecting {counted(len(adapters), 'adapter')}", len(adapters)) as advance:
         for adapter in adapters:
             errors[adapter.name] = subspace.distance(adapter)
             advance(1)
@@ -137,7 +137,8 @@ def reconstruct(
 
     subspace, bank = load_subspace(folder), AdapterBank()
     names = names or subspace.names
-    with Reporter(quiet).task(f"reconstructing {len(names)} adapters", len(names)) as advance:
+    label = f"reconstructing {counted(len(names), 'adapter')}"
+    with Reporter(quiet).task(label, len(names)) as advance:
         for name in names:
             bank.add(subspace.reconstruct(name, rank=rank))
             advance(1)
@@ -168,7 +169,7 @@ def add(
     _check_target(output, overwrite)
     subspace, reporter = load_subspace(folder), Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base, subspace)
-    with reporter.task(f"adding {len(bank)} adapters", 1) as advance:
+    with reporter.task(f"adding {counted(len(bank), 'adapter')}", 1) as advance:
         subspace.add_many([bank.adapter(name) for name in bank.names])
         advance(1)
     replaced = output is None
@@ -248,7 +249,7 @@ def bench(
     ]
     columns = {"what": "left", "adapters": "right", "subspace": "right", "ratio": "right"}
     stdout().print(table(title, columns, cells))
-    say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
+    say(f"layer {found['module']}, {counted(found['threads'], 'thread')}; medians, taken in turn")
 
 
 def _check_target(output: str | None, overwrite: bool) -> None:
@@ -268,7 +269,7 @@ def _load(
 
     found = expand(paths)
     tell_strays(paths, reporter)
-    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         bank = load_adapters(
             found,
             allow_pickle=allow_pickle,
@@ -292,8 +293,8 @@ def _facts(subspace) -> dict:
         "directions": [min(sides), max(sides)],
         "mean_kept": options.method == "eigenlorax" and options.center and options.keep_mean,
         "random_directions": options.augment,
-        "numbers": sizes["subspace"],
-        "numbers_uncompressed": sizes["adapters"],
+        "parameters": sizes["subspace"],
+        "parameters_uncompressed": sizes["adapters"],
     }
 
 

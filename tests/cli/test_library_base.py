@@ -55,14 +55,28 @@ def test_no_later_command_needs_model(run, base, manifest, tmp_path, monkeypatch
     assert "base place: " in run("library", "stats", library).stdout
 
 
-def test_a_base_that_has_gone_is_asked_for(run, base, tmp_path):
+def test_a_base_that_has_gone_is_asked_for(run, base, manifest, tmp_path):
     create = ("library", "create", tmp_path / "L", "--model", base, "--base-name", BASE, "-q")
     assert run(*create).exit_code == 0
+    add = ("library", "add", tmp_path / "L", "--manifest", manifest, "-q")
+    assert run(*add).exit_code == 0
     base.rename(tmp_path / "moved")
     search = ("library", "search", tmp_path / "L", "--text", "cat", "-q")
     fault(run(*search), "--model", f"({BASE}, no longer at {base})")
     done = run(*search, "--model", tmp_path / "none")
     fault(done, "--model", "installed package")
+
+
+@pytest.mark.parametrize("command", ["search", "retrieve", "atlas"])
+def test_an_empty_library_is_told_before_the_base_is_loaded(
+    run, base, tmp_path, monkeypatch, command
+):
+    library = tmp_path / "L"
+    assert run("library", "create", library, "--model", base, "-q").exit_code == 0
+    monkeypatch.setattr(base_model, "load_base", lambda *_: pytest.fail("loaded"))
+    asked = [library, "--text", "cat", *(["-o", tmp_path / "a.html"] * (command == "atlas"))]
+    parts = [command] if command == "retrieve" else ["library", command]
+    fault(run(*parts, *asked, "-q"), "URI must hold entries, got none")
 
 
 def test_without_base_name_the_base_is_called_as_it_was_given(run, base, tmp_path, monkeypatch):

@@ -48,8 +48,8 @@ def test_fit_writes_what_info_shows(run, folders, tmp_path):
     assert facts["adapters"] == 4 and facts["modules"] == 2 and facts["method"] == "eigenlorax"
     assert facts["directions"] == [5, 5] and not facts["mean_kept"]
     assert facts["ranks"] == {"mr": "2", "cr": "2", "sst": "2", "wnli": "2"}
-    assert facts["numbers_uncompressed"] == 4 * 2 * (8 + 12 + 12 + 6)
-    assert facts["numbers"] == 5 * (8 + 12 + 12 + 6) + 4 * 2 * 2 * (5 + 5)
+    assert facts["parameters_uncompressed"] == 4 * 2 * (8 + 12 + 12 + 6)
+    assert facts["parameters"] == 5 * (8 + 12 + 12 + 6) + 4 * 2 * 2 * (5 + 5)
     assert facts["base"] == ["tiny/base"] and facts["weighting"] == "updates" and facts["seed"] == 3
     assert facts["sources"]["cr"].endswith("in/cr") and not facts["fingerprint"]
     told = run("subspace", "info", tmp_path / "S").stdout

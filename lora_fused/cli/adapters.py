@@ -23,8 +23,8 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle", help="Also read .bin files (torch.load, weights_only=True)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
 ]

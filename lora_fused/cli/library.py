@@ -38,17 +38,19 @@ Model = Annotated[
     typer.Option(help="Folder of the frozen base, or its package. Default: that of create."),
 ]
 Inputs = Annotated[
-    str | None, typer.Option(help="A file of inputs: .txt, one per line, or .jsonl.")
+    str | None, typer.Option(help="A file of inputs: .txt with one per line, or .jsonl.")
 ]
 Text = Annotated[list[str] | None, typer.Option(help="An input, in place of --inputs; repeatable.")]
-Field = Annotated[str, typer.Option(help="Of .jsonl files: which field holds the input.")]
+Field = Annotated[str, typer.Option(help="The field of a .jsonl file that holds the input.")]
 Filter = Annotated[
     str | None,
-    typer.Option("--filter", help="SQL over an entry's facts: 'rank <= 8 AND count > 50'."),
+    typer.Option("--filter", help="Keep entries by SQL: 'rank <= 8 AND count > 50'."),
 ]
-Tags = Annotated[list[str] | None, typer.Option("--tag", help="Entries with this tag; repeatable.")]
-Names = Annotated[list[str], typer.Argument(metavar="NAME...")]
-Seed = Annotated[int, typer.Option("--seed", help="Of k-means.")]
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="Keep entries with this tag; repeatable.")
+]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of entries.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of k-means.")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Allow adapters whose configs name another base.")
 ]
@@ -65,15 +67,19 @@ def create(
         ),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Where vectors are read: a module, or a number (-1: last).")
+        str | None, typer.Option(help="Layer to read: a module or a number. Default: the output.")
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="Over tokens: mean (default), first, last or max.")
+        str | None, typer.Option(help="How to pool tokens: mean (default), first, last or max.")
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an input, at most.")] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale every vector to length one.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut inputs to so many tokens. Default: the tokenizer's.")
+    ] = None,
     minimum: Annotated[
-        int, typer.Option(help="Examples in a prototype, at least: it must hide each of them.")
+        int, typer.Option(help="Fewest examples of a prototype, so that it hides each of them.")
     ] = 10,
     store: Store = None,
     as_json: AsJson = False,
@@ -105,25 +111,30 @@ def create(
 @app.command()
 def add(
     uri: Uri,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER")] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="One adapter (of many: --manifest)."),
+    ] = None,
     examples: Annotated[
-        str | None, typer.Option(help="Inputs that the one adapter was trained on.")
+        str | None, typer.Option(help="A file of inputs that this adapter was trained on.")
     ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
-            help='Many: a .jsonl file of {"adapter": PATH, "examples": FILE, "name": ..., '
+            help='A .jsonl file that names many: {"adapter": PATH, "examples": FILE, "name": ..., '
             '"tags": [...], "metadata": {...}}; paths from where it lies.'
         ),
     ] = None,
     field: Field = "text",
-    tags: Annotated[list[str] | None, typer.Option("--tag", help="For all; repeatable.")] = None,
-    per_adapter: Annotated[int, typer.Option(help="Prototypes of an adapter, at most.")] = 1,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", help="A tag for all; repeatable.")
+    ] = None,
+    per_adapter: Annotated[int, typer.Option(help="Most prototypes that an adapter gets.")] = 1,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of noise on prototypes; its effect is told.")
     ] = 0.0,
     minimum: Annotated[
-        int | None, typer.Option(help="Examples in a prototype. Default: the library's.")
+        int | None, typer.Option(help="Fewest examples of a prototype. Default: the library's.")
     ] = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Pass over names that are there.")
@@ -184,11 +195,11 @@ def search(
     inputs: Inputs = None,
     text: Text = None,
     field: Field = "text",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 8,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many entries to find.")] = 8,
     where: Filter = None,
     tags: Tags = None,
     per_input: Annotated[
-        bool, typer.Option("--per-input", help="Each input alone, not the mean of all.")
+        bool, typer.Option("--per-input", help="Search for each input alone, not the mean of all.")
     ] = False,
     model: Model = None,
     store: Store = None,
@@ -262,7 +273,7 @@ def stats(uri: Uri, store: Store = None, as_json: AsJson = False) -> None:
 def export(
     uri: Uri,
     names: Names,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write them in.")],
     overwrite: Overwrite = False,
     store: Store = None,
     as_json: AsJson = False,
@@ -292,7 +303,7 @@ def export(
 def compact(
     uri: Uri,
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Keep what was current in the last days, for readers.")
+        float, typer.Option(min=0, help="Days for which older states are kept, for readers.")
     ] = 1.0,
     index: Annotated[
         bool, typer.Option("--index", help="Build the vector index, too (from 10^4 vectors on).")
@@ -320,9 +331,11 @@ def atlas(
     inputs: Inputs = None,
     text: Text = None,
     field: Field = "text",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Adapters of a request.")] = 5,
-    weights: Annotated[str, typer.Option(help="Of a request; see lora-fused retrieve.")] = "l1",
-    clusters: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many adapters to weigh.")] = 5,
+    weights: Annotated[str, typer.Option(help="How to weigh, as lora-fused retrieve does.")] = "l1",
+    clusters: Annotated[
+        int | None, typer.Option(min=1, help="Most clusters to show. Default: 8.")
+    ] = None,
     where: Filter = None,
     tags: Tags = None,
     seed: Seed = 0,

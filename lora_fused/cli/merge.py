@@ -26,33 +26,52 @@ Paths = Annotated[
 
 def merge(
     paths: Paths = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write.")
+    ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One per adapter, as in .5,.3,-.2; default: 1/K each.")
+        str | None, typer.Option(help="A number per adapter, as in .5,.3,-.2. Default: 1/K each.")
     ] = None,
     combination_type: Annotated[
         str | None,
-        typer.Option("--type", "-t", help="cat (default), svd, linear, ties, ties_svd, ..."),
+        typer.Option(
+            "--type", "-t", help="How to merge: cat (default), svd, linear, ties, ties_svd, ..."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the result, for types that cut.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the result, for types that cut. Default: the adapters' largest."
+        ),
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="In place of --rank: share to keep, 0 to 1.")
+        float | None, typer.Option(help="The share of energy to keep, 0 to 1, in place of --rank.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="ties, dare, magnitude_prune: share of entries kept.")
+        float | None,
+        typer.Option(
+            help="The share of entries to keep, 0 to 1; ties, dare and magnitude_prune need it."
+        ),
     ] = None,
     majority_sign_method: Annotated[
-        str | None, typer.Option(help="ties: total (default) or frequency.")
+        str | None, typer.Option(help="How ties elects signs: total (default) or frequency.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare drops; default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the entries that dare drops. Default: 0.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: the files'.")
+        str | None,
+        typer.Option(help="Write float32, float16 or bfloat16. Default: the files' dtype."),
     ] = None,
     saved_modules: Annotated[
-        str | None, typer.Option(help="Fully trained modules: error (default) or ignore.")
+        str | None,
+        typer.Option(help="What to do with fully trained modules: error (default) or ignore."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A YAML file with adapters and options, in place of both.")
+        str | None,
+        typer.Option(
+            help="A YAML file that names the adapters and options, in place of the command line."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[

@@ -19,16 +19,23 @@ Folder = Annotated[str, typer.Argument(metavar="SUBSPACE", help="A folder that f
 def fit(
     paths: Paths,
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option(help="Directions P of either side.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="In place of --rank: share to keep, 0 to 1.")
+    rank: Annotated[
+        int | None, typer.Option(help="How many directions each side keeps (or --energy).")
     ] = None,
-    method: Annotated[str, typer.Option(help="eigenlorax, hosvd, hooi or jd_diag.")] = "eigenlorax",
+    energy: Annotated[
+        float | None, typer.Option(help="The share of energy to keep, 0 to 1, in place of --rank.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How to fit: eigenlorax, hosvd, hooi or jd_diag.")
+    ] = "eigenlorax",
     weighting: Annotated[
-        str, typer.Option(help="What an adapter weighs: updates, equal or factors.")
+        str, typer.Option(help="How adapters are weighed: updates, equal or factors.")
     ] = "updates",
-    drop_mean: Annotated[bool, typer.Option("--drop-mean", help="As the paper's code.")] = False,
-    augment: Annotated[int, typer.Option(help="Random directions behind the principal.")] = 0,
+    drop_mean: Annotated[
+        bool,
+        typer.Option("--drop-mean", help="Leave the mean out of the basis, as the paper's code."),
+    ] = False,
+    augment: Annotated[int, typer.Option(help="How many random directions to add.")] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -96,7 +103,8 @@ def project(
     folder: Folder,
     paths: Paths,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Write a subspace with these cores, too.")
+        str | None,
+        typer.Option("--output", "-o", help="A folder for the subspace with these cores added."),
     ] = None,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -125,9 +133,14 @@ def project(
 @app.command()
 def reconstruct(
     folder: Folder,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the results; default: the cores'.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write them in.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME...]", help="Names of adapters. Default: all."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the results. Default: that of their cores.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -155,7 +168,8 @@ def add(
     folder: Folder,
     paths: Paths,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Default: the subspace is replaced.")
+        str | None,
+        typer.Option("--output", "-o", help="The folder to write. Default: SUBSPACE itself."),
     ] = None,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -184,9 +198,11 @@ def report(
     folder: Folder,
     paths: Paths,
     html: Annotated[str | None, typer.Option(help="Write one HTML page with plots.")] = None,
-    null_draws: Annotated[int, typer.Option(help="Draws of adapters that share nothing.")] = 3,
+    null_draws: Annotated[
+        int, typer.Option(help="How many draws of adapters that share nothing to compare with.")
+    ] = 3,
     sample: Annotated[
-        int, typer.Option(help="Of more adapters, so many are drawn and left out.")
+        int, typer.Option(help="Leave out at most so many adapters in turn, drawn at random.")
     ] = 100,
     seed: Seed = 0,
     any_base: AnyBase = False,
@@ -224,9 +240,9 @@ def report(
 @app.command()
 def bench(
     folder: Folder,
-    rows: Annotated[int, typer.Option(min=1, help="Of the batch.")] = 64,
-    per_row: Annotated[int, typer.Option(min=1, help="Adapters in each row's mixture.")] = 4,
-    repeat: Annotated[int, typer.Option(min=1, help="How many times each is timed.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows the batch has.")] = 64,
+    per_row: Annotated[int, typer.Option(min=1, help="How many adapters each row mixes.")] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="How many times to time each side.")] = 20,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

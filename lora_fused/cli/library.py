@@ -126,9 +126,7 @@ def add(
         ),
     ] = None,
     field: Field = "text",
-    tags: Annotated[
-        list[str] | None, typer.Option("--tag", help="A tag for all; repeatable.")
-    ] = None,
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="Tag all; repeatable.")] = None,
     per_adapter: Annotated[int, typer.Option(help="Most prototypes that an adapter gets.")] = 1,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of noise on prototypes; its effect is told.")
@@ -333,9 +331,7 @@ def atlas(
     field: Field = "text",
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many adapters to weigh.")] = 5,
     weights: Annotated[str, typer.Option(help="How to weigh, as lora-fused retrieve does.")] = "l1",
-    clusters: Annotated[
-        int | None, typer.Option(min=1, help="Most clusters to show. Default: 8.")
-    ] = None,
+    clusters: Annotated[int | None, typer.Option(min=1, help="Most clusters. Default: 8.")] = None,
     where: Filter = None,
     tags: Tags = None,
     seed: Seed = 0,

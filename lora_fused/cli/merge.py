@@ -41,7 +41,8 @@ def merge(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Rank of the result, for types that cut. Default: the adapters' largest."
+            help="Rank of the result, for svd and types that end in _svd, _core or _knots. "
+            "Default: the largest of the adapters."
         ),
     ] = None,
     energy: Annotated[

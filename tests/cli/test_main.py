@@ -101,6 +101,10 @@ def test_every_help_text_stands_alone(where):
     assert TEXTS[where] and not FRAGMENT.match(TEXTS[where]), TEXTS[where]
 
 
+def test_merge_tells_the_rank_that_it_gives_by_default():
+    assert "Default: the largest of the adapters" in TEXTS["merge", "rank"]
+
+
 def test_help_promises_what_there_is(run):
     text = " ".join(run("--help").stdout.split())
     assert "Run and mix many LoRA adapters on one frozen model." in text

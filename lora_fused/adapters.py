@@ -7,12 +7,11 @@ second copy. Ids are global to the bank, the same in every stack, and never reus
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import hint, invalid, shape
 
 BASE = "__base__"  # the name that means "no adapter", as in PEFT's mixed batches
 
@@ -343,13 +342,10 @@ class AdapterBank:
         return f"AdapterBank({len(self)} adapters, {len(self.stacks)} modules, {rows} rows, {kind})"
 
     def id(self, name: str) -> int:
-        """The id of an adapter; an unknown name is an error that lists the close ones."""
+        """The id of an adapter; an unknown name is an error that lists close ones, if any."""
         if name not in self._ids:
-            close = get_close_matches(str(name), self.names, n=3) or self.names[:3]
-            known = ", ".join(map(repr, close)) or "none; the bank is empty"
-            raise invalid(
-                "AdapterBank", "name", f"be a loaded adapter (close: {known})", repr(name)
-            )
+            known = hint(name, self.names) if self._ids else "none; the bank is empty"
+            raise invalid("AdapterBank", "name", f"be a loaded adapter ({known})", repr(name))
         return self._ids[name]
 
     def is_live(self, adapter_id: int) -> bool:

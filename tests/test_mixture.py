@@ -159,7 +159,7 @@ def test_repeat_rejects(times):
 def test_unknown_names_list_the_close_ones(bank):
     with pytest.raises(ValueError, match=r"close: 'math', 'maths'\), got 'mathe'"):
         Mixture.of({"mathe": 1.0}).resolve(bank)
-    with pytest.raises(ValueError, match=r"close: 'math', 'code', 'poetry'\), got ''"):
+    with pytest.raises(ValueError, match=r"\(known: 'math', 'code', 'poetry' and 1 more\), got ''"):
         Mixture.rows([""]).resolve(bank)
     with pytest.raises(ValueError, match=r"none; the bank is empty\), got 'math'"):
         Mixture.of({"math": 1.0}).resolve(AdapterBank())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_fused.adapters import Adapter
-from lora_fused.cli.console import Reporter, expand, print_json, stdout, table
+from lora_fused.cli.console import Reporter, counted, expand, print_json, stdout, table, tell_strays
 from lora_fused.cli.facts import Facts, facts_of, inert
 from lora_fused.methods.initialisations import shared_initialisations
 
@@ -23,8 +23,8 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle", help="Also read .bin files (torch.load, weights_only=True)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of all that is random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Allow adapters whose configs name different bases.")
 ]
@@ -46,8 +46,9 @@ def inspect(
     factors. Exit code 1 where a path cannot be read; the others are shown all the same.
     """
     adapters, facts, unreadable = [], [], []
-    found = expand(paths)
-    with Reporter(quiet).task(f"reading {len(found)} adapters", len(found)) as advance:
+    found, reporter = expand(paths), Reporter(quiet)
+    passed = [str(path) for path in tell_strays(paths, reporter)]
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         for path, reason in found:
             adapter, reason = _read(path, reason, allow_pickle)
             if reason is None:
@@ -60,7 +61,8 @@ def inspect(
     groups = shared_initialisations(adapters)
     if as_json:
         listed = [dataclasses.asdict(f) for f in facts]
-        print_json({"adapters": listed, "shared_a": groups, "unreadable": unreadable})
+        told = {"adapters": listed, "shared_a": groups, "unreadable": unreadable}
+        print_json({**told, "passed_over": passed})
     else:
         _show(facts, groups, unreadable)
     raise typer.Exit(1 if unreadable else 0)
@@ -75,9 +77,10 @@ def validate(
     """Print "ok" or one line per fault for each adapter; exit code 1 where there is any fault.
 
     A fault is whatever loading refuses (damaged or missing files, values that are not finite,
-    settings that cannot be honoured exactly, ...), or an adapter that changes nothing.
+    settings that cannot be honoured exactly, ...), or an adapter that changes nothing. What a
+    pattern matches besides adapters is passed over, and counted on stderr.
     """
-    checked = []
+    checked, passed = [], tell_strays(paths, Reporter(quiet))
     for path, reason in expand(paths):
         adapter, reason = _read(path, reason, allow_pickle)
         faults = [reason] if reason else inert(adapter)
@@ -86,7 +89,7 @@ def validate(
             for line in [] if as_json else faults or ["ok"]:
                 print(f"{path}: {line}")
     if as_json:
-        print_json({"adapters": checked})
+        print_json({"adapters": checked, "passed_over": [str(path) for path in passed]})
     raise typer.Exit(1 if any(one["faults"] for one in checked) else 0)
 
 
@@ -124,7 +127,7 @@ def _show(facts: list[Facts], groups: list[dict], unreadable: list[dict]) -> Non
         columns |= {"modules": "left", "dtype": "left", **dict.fromkeys(numbers, "right")}
         columns |= {"saved": "left"} if any(fact.saved_modules for fact in facts) else {}
         rows = [[str(cells[name]) for name in columns] for cells in map(_cells, facts)]
-        console.print(table(f"{len(facts)} adapters, {base}", columns, rows))
+        console.print(table(f"{counted(len(facts), 'adapter')}, {base}", columns, rows))
         say("norm and effective rank: least / median / largest over the modules")
     for fact in facts:
         for fault in fact.faults:

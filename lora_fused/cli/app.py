@@ -27,6 +27,9 @@ OPTIONS = {
     "overwrite_ok=True": "--overwrite",
     "any_base=True": "--any-base",
     "allow_pickle=True": "--allow-pickle",
+    "saved_modules='ignore' or 'apply'": "--saved-modules ignore or apply",
+    "saved_modules='ignore'": "--saved-modules ignore",
+    "(minimum=)": "(--minimum)",
 }
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lora_fused.checks import invalid
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -57,17 +57,24 @@ def base_folder(name: str) -> Path:
     return Path(package.locate_file(folders.pop()))
 
 
+def place_of(name: str) -> str:
+    """Where a base is found from any folder: its own one, absolute, or the package's name."""
+    return os.path.abspath(name) if base_folder(name) == Path(name) else name
+
+
 def base_of(library, model: str | None, reporter: Reporter) -> Base:
     """The base that is named, or else the one that the library was made with, if it is there.
 
     Whether it is the library's is for ``library.embed`` to see.
     """
     if model is None:
-        model = library.space.base or "not named"
+        space = library.space
+        model = space.base_place or space.base or "not named"
         try:
             base_folder(model)
         except ValueError:
-            rule = f"name the folder of the library's base ({model})"
+            gone = f", no longer at {space.base_place}" if space.base_place else ""
+            rule = f"name the folder of the library's base ({space.base or 'not named'}{gone})"
             raise invalid("library", "--model", rule, None) from None
     return load_base(model, reporter)
 
@@ -83,10 +90,12 @@ def asked(
     if (inputs is None) == (not text):
         got = "both" if text else "neither"
         raise invalid("library", "--inputs and --text", "be given one of them", got)
+    if not len(library):
+        raise invalid("library", "URI", "hold entries", "none")
     texts = text or read_texts(inputs, field)
     base = base_of(library, model, reporter)
     count = len(texts) + len(also)
-    with reporter.task(f"embedding {count} inputs", count) as advance:
+    with reporter.task(f"embedding {counted(count, 'input')}", count) as advance:
         found = library.embed(
             base.model, [*texts, *also], tokenizer=base.tokenizer, progress=steps(advance)
         )

@@ -16,6 +16,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lora_fused.checks import some
+from lora_fused.io.find import find_adapters, is_adapter
+
 PIPE_WIDTH = 1000  # a table that no terminal limits is as wide as its content
 
 
@@ -102,6 +105,12 @@ def check_writable(path: str | os.PathLike, op: str) -> None:
         raise type(error)(told) from None
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``, ``3 matches``, ``4 entries``."""
+    several = {"match": "matches", "entry": "entries"}.get(noun, f"{noun}s")
+    return f"{count} {noun if count == 1 else several}"
+
+
 def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Table:
     """A rich table; ``columns`` maps each heading to its justification ("left" or "right")."""
     made = Table(title=escape(title), title_justify="left", title_style="bold")
@@ -115,8 +124,9 @@ def table(title: str, columns: dict[str, str], rows: list[list[object]]) -> Tabl
 def expand(arguments: list[str]) -> list[tuple[Path, str | None]]:
     """Turn path arguments into adapters, in order, each with None or the reason why it is none.
 
-    A directory is searched for adapters, a pattern is expanded, ``@list.txt`` names one path per
-    line, relative to the list's own directory; empty lines and lines with # are skipped.
+    A directory is searched for adapters, a pattern stands for the adapters among its matches (see
+    ``strays``), ``@list.txt`` names one path per line, relative to the list's own directory; empty
+    lines and lines with # are skipped.
     """
     found: dict[Path, str | None] = {}
     for argument in arguments:
@@ -125,9 +135,21 @@ def expand(arguments: list[str]) -> list[tuple[Path, str | None]]:
     return list(found.items())
 
 
-def _expand_one(argument: str) -> list[tuple[Path, str | None]]:
-    from lora_fused.io import find_adapters
+def tell_strays(arguments: list[str], reporter: Reporter) -> list[Path]:
+    """Say how many matches of patterns are passed over, since they are no adapters."""
+    found = strays(arguments)
+    if found:
+        shown = some(map(str, found))
+        reporter.say(f"passed over {counted(len(found), 'match')} without an adapter: {shown}")
+    return found
 
+
+def strays(arguments: list[str]) -> list[Path]:
+    """What patterns match besides adapters: every command passes over it, as load_adapters does."""
+    return [path for argument in arguments for path in _matches(argument) if not is_adapter(path)]
+
+
+def _expand_one(argument: str) -> list[tuple[Path, str | None]]:
     path = Path(argument)
     if argument.startswith("@"):
         return _expand_list(Path(argument[1:]))
@@ -136,11 +158,18 @@ def _expand_one(argument: str) -> list[tuple[Path, str | None]]:
         return [(p, None) for p in adapters] or [(path, "no adapter in this directory")]
     if path.exists():
         return [(path, None)]
-    matches = sorted(glob.glob(argument, recursive=True))
+    matches = _matches(argument)
     if matches:
-        return [pair for match in matches for pair in _expand_one(match)]
-    pattern = any(sign in argument for sign in "*?[")
+        found = [(match, None) for match in matches if is_adapter(match)]
+        return found or [(path, "the pattern matches no adapter")]
+    pattern = glob.has_magic(argument)
     return [(path, "the pattern matches nothing" if pattern else "no such file or directory")]
+
+
+def _matches(argument: str) -> list[Path]:
+    """Of a pattern; what is there by its very name is none."""
+    pattern = glob.has_magic(argument) and not os.path.exists(argument)
+    return [Path(match) for match in sorted(glob.glob(argument))] if pattern else []
 
 
 def _expand_list(listing: Path) -> list[tuple[Path, str | None]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from lora_fused.cli.console import Reporter, print_json, stdout, table
+from lora_fused.cli.console import Reporter, counted, print_json, stdout, table
 
 OURS = "lora_fused, one batch"
 
@@ -23,34 +23,41 @@ class SavedModules(str, enum.Enum):
 
 def demo(
     adapters: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Your adapters (with --model).")
+        Path | None, typer.Option(metavar="DIR", help="A folder with your adapters (with --model).")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Your model's folder (with --adapters).")
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Lines for your model. Default: random tokens."),
+        typer.Option(
+            metavar="FILE",
+            help="A file of texts for your model, one per line. Default: random tokens.",
+        ),
     ] = None,
     saved_modules: Annotated[
         SavedModules,
         typer.Option(
-            help="Heads saved with your adapters: refuse them, use the model's own, or apply them "
-            "(rows then have one adapter at most)."
+            help="What to do with heads saved in your adapters: refuse them, use the model's own, "
+            "or apply them (rows then have one adapter at most)."
         ),
     ] = SavedModules.error,
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Allow adapters that name different base models.")
     ] = False,
     cache: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where trained adapters are kept.")
+        Path, typer.Option(metavar="DIR", help="The folder that keeps trained adapters.")
     ] = Path(".cache/demo"),
-    tasks: Annotated[int, typer.Option(min=2, max=6, help="How many of the text tasks.")] = 6,
-    epochs: Annotated[int, typer.Option(min=1, help="Training epochs of an adapter.")] = 3,
+    tasks: Annotated[
+        int, typer.Option(min=2, max=6, help="How many of the six text tasks to serve.")
+    ] = 6,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="How many epochs to train each adapter for.")
+    ] = 3,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads. Default: all cores.")
+        int | None, typer.Option(min=1, help="How many CPU threads to use. Default: all cores.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling, training and random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, training and random tokens.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -146,7 +153,8 @@ def _timing_table(timing: dict):
     numbers = ("adapters loaded", "ms", "times the base", "times lora_fused")
     columns |= dict.fromkeys(numbers, "right")
     title = (
-        f"Time of {timing['rows']} rows x {timing['tokens']} tokens, {timing['threads']} threads, "
+        f"Time of {timing['rows']} rows x {timing['tokens']} tokens, "
+        f"{counted(timing['threads'], 'thread')}, "
         f"medians of {timing['rounds']} interleaved rounds"
     )
     return table(title, columns, cells)

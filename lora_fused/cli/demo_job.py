@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 from lora_fused.cli.demo_peft import PeftRows
 from lora_fused.cli.demo_serve import (
     ROUNDS,
@@ -99,7 +99,7 @@ def own_job(
 
 
 def _attach(model, folders: dict[str, Path], reporter: Reporter, loading: Loading) -> Handle:
-    with reporter.task(f"loading {len(folders)} adapters", len(folders)) as advance:
+    with reporter.task(f"loading {counted(len(folders), 'adapter')}", len(folders)) as advance:
         bank = load_adapters(
             folders,
             any_base=loading.any_base,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 from lora_fused.cli.demo_tasks import Task
 
 # The pooler's dense layer is left out: mean pooling never reads it, so it would stay untrained.
@@ -73,7 +73,7 @@ def train_all(
     for worker in workers:
         worker.start()
     try:
-        with reporter.task(f"training {len(missing)} adapters", steps) as advance:
+        with reporter.task(f"training {counted(len(missing), 'adapter')}", steps) as advance:
             _follow(workers, ticks, advance)
     finally:
         for worker in workers:

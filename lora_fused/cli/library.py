@@ -9,11 +9,12 @@ import typer
 
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AsJson, Overwrite, Quiet
-from lora_fused.cli.base_model import asked, load_base, steps
+from lora_fused.cli.base_model import asked, load_base, place_of, steps
 from lora_fused.cli.console import (
     Reporter,
     check_page,
     check_writable,
+    counted,
     finite,
     print_json,
     say,
@@ -33,20 +34,23 @@ Store = Annotated[
     str | None, typer.Option(help="Folder of the weights, where the URI is no folder.")
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Folder of the frozen base, or the package that holds it.")
+    str | None,
+    typer.Option(help="Folder of the frozen base, or its package. Default: that of create."),
 ]
 Inputs = Annotated[
-    str | None, typer.Option(help="A file of inputs: .txt, one per line, or .jsonl.")
+    str | None, typer.Option(help="A file of inputs: .txt with one per line, or .jsonl.")
 ]
 Text = Annotated[list[str] | None, typer.Option(help="An input, in place of --inputs; repeatable.")]
-Field = Annotated[str, typer.Option(help="Of .jsonl files: which field holds the input.")]
+Field = Annotated[str, typer.Option(help="The field of a .jsonl file that holds the input.")]
 Filter = Annotated[
     str | None,
-    typer.Option("--filter", help="SQL over an entry's facts: 'rank <= 8 AND count > 50'."),
+    typer.Option("--filter", help="Keep entries by SQL: 'rank <= 8 AND count > 50'."),
 ]
-Tags = Annotated[list[str] | None, typer.Option("--tag", help="Entries with this tag; repeatable.")]
-Names = Annotated[list[str], typer.Argument(metavar="NAME...")]
-Seed = Annotated[int, typer.Option("--seed", help="Of k-means.")]
+Tags = Annotated[
+    list[str] | None, typer.Option("--tag", help="Keep entries with this tag; repeatable.")
+]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of entries.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of k-means.")]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Allow adapters whose configs name another base.")
 ]
@@ -59,19 +63,23 @@ def create(
     base_name: Annotated[
         str | None,
         typer.Option(
-            help="What adapters' configs call the base, where that is not what its own does."
+            help="What adapters' configs call the base. Default: the folder's or package's name."
         ),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Where vectors are read: a module, or a number (-1: last).")
+        str | None, typer.Option(help="Layer to read: a module or a number. Default: the output.")
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="Over tokens: mean (default), first, last or max.")
+        str | None, typer.Option(help="How to pool tokens: mean (default), first, last or max.")
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an input, at most.")] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale every vector to length one.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut inputs to so many tokens. Default: the tokenizer's.")
+    ] = None,
     minimum: Annotated[
-        int, typer.Option(help="Examples in a prototype, at least: it must hide each of them.")
+        int, typer.Option(help="Fewest examples of a prototype, so that it hides each of them.")
     ] = 10,
     store: Store = None,
     as_json: AsJson = False,
@@ -83,13 +91,15 @@ def create(
 
     layer = int(layer) if layer is not None and layer.lstrip("-").isdigit() else layer
     options = {"layer": layer, "pooling": pooling, "normalize": normalize, "max_length": max_length}
+    place = place_of(model)
     base = load_base(model, Reporter(quiet))
     probe = embed(base.model, ["a text"], tokenizer=base.tokenizer, progress=False, **options)
     library = AdapterLibrary.create(
         uri,
         base=base.model,
         size=probe.shape[1],
-        base_name=base_name,
+        base_name=base_name or place,
+        base_place=place,
         minimum=minimum,
         store=store,
         **options,
@@ -101,25 +111,28 @@ def create(
 @app.command()
 def add(
     uri: Uri,
-    paths: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER")] = None,
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="One adapter (of many: --manifest)."),
+    ] = None,
     examples: Annotated[
-        str | None, typer.Option(help="Inputs that the one adapter was trained on.")
+        str | None, typer.Option(help="A file of inputs that this adapter was trained on.")
     ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
-            help='Many: a .jsonl file of {"adapter": PATH, "examples": FILE, "name": ..., '
+            help='A .jsonl file that names many: {"adapter": PATH, "examples": FILE, "name": ..., '
             '"tags": [...], "metadata": {...}}; paths from where it lies.'
         ),
     ] = None,
     field: Field = "text",
-    tags: Annotated[list[str] | None, typer.Option("--tag", help="For all; repeatable.")] = None,
-    per_adapter: Annotated[int, typer.Option(help="Prototypes of an adapter, at most.")] = 1,
+    tags: Annotated[list[str] | None, typer.Option("--tag", help="Tag all; repeatable.")] = None,
+    per_adapter: Annotated[int, typer.Option(help="Most prototypes that an adapter gets.")] = 1,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of noise on prototypes; its effect is told.")
     ] = 0.0,
     minimum: Annotated[
-        int | None, typer.Option(help="Examples in a prototype. Default: the library's.")
+        int | None, typer.Option(help="Fewest examples of a prototype. Default: the library's.")
     ] = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Pass over names that are there.")
@@ -171,7 +184,7 @@ def list_entries(
     columns = {"name": "left", "tags": "left", "rank": "right", "examples": "right"}
     columns |= {"KiB": "right", "added": "left"}
     rows = [[*_row(e), f"{e.bytes / 1024:.0f}", f"{e.created:%Y-%m-%d}"] for e in found]
-    stdout().print(table(f"{len(found)} entries", columns, rows))
+    stdout().print(table(counted(len(found), "entry"), columns, rows))
 
 
 @app.command()
@@ -180,11 +193,11 @@ def search(
     inputs: Inputs = None,
     text: Text = None,
     field: Field = "text",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 8,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many entries to find.")] = 8,
     where: Filter = None,
     tags: Tags = None,
     per_input: Annotated[
-        bool, typer.Option("--per-input", help="Each input alone, not the mean of all.")
+        bool, typer.Option("--per-input", help="Search for each input alone, not the mean of all.")
     ] = False,
     model: Model = None,
     store: Store = None,
@@ -235,7 +248,7 @@ def verify(uri: Uri, store: Store = None, as_json: AsJson = False, quiet: Quiet 
     if as_json:
         print_json({"entries": len(library), "faults": [fault._asdict() for fault in faults]})
     else:
-        say(f"{len(library)} entries, {len(faults)} faults")
+        say(f"{counted(len(library), 'entry')}, {counted(len(faults), 'fault')}")
         for fault in faults:
             say(f"{fault.name}: {fault.what}")
     raise typer.Exit(1 if faults else 0)
@@ -258,7 +271,7 @@ def stats(uri: Uri, store: Store = None, as_json: AsJson = False) -> None:
 def export(
     uri: Uri,
     names: Names,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write them in.")],
     overwrite: Overwrite = False,
     store: Store = None,
     as_json: AsJson = False,
@@ -273,7 +286,7 @@ def export(
         library.entry(name)
         check_target(Path(output, name), overwrite, "library export")
     check_writable(Path(output, names[0]), "library export")
-    with Reporter(quiet).task(f"writing {len(names)} adapters", len(names)) as advance:
+    with Reporter(quiet).task(f"writing {counted(len(names), 'adapter')}", len(names)) as advance:
         for name in names:
             library.export(name, Path(output, name), overwrite_ok=overwrite)
             advance(1)
@@ -288,7 +301,7 @@ def export(
 def compact(
     uri: Uri,
     keep_days: Annotated[
-        float, typer.Option(min=0, help="Keep what was current in the last days, for readers.")
+        float, typer.Option(min=0, help="Days for which older states are kept, for readers.")
     ] = 1.0,
     index: Annotated[
         bool, typer.Option("--index", help="Build the vector index, too (from 10^4 vectors on).")
@@ -316,9 +329,9 @@ def atlas(
     inputs: Inputs = None,
     text: Text = None,
     field: Field = "text",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Adapters of a request.")] = 5,
-    weights: Annotated[str, typer.Option(help="Of a request; see lora-fused retrieve.")] = "l1",
-    clusters: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many adapters to weigh.")] = 5,
+    weights: Annotated[str, typer.Option(help="How to weigh, as lora-fused retrieve does.")] = "l1",
+    clusters: Annotated[int | None, typer.Option(min=1, help="Most clusters. Default: 8.")] = None,
     where: Filter = None,
     tags: Tags = None,
     seed: Seed = 0,
@@ -380,6 +393,6 @@ def _row(entry) -> list[object]:
 
 
 def _space(uri: str, space) -> dict:
-    told = {name: getattr(space, name) for name in ("size", "base", "fingerprint", "minimum")}
-    names = ("layer", "pooling", "normalize", "max_length")
-    return {"library": uri, **told, **{name: getattr(space, name) for name in names}}
+    names = ("size", "base", "base_place", "fingerprint", "minimum")
+    names += ("layer", "pooling", "normalize", "max_length")
+    return {"library": uri, **{name: getattr(space, name) for name in names}}

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_fused.checks import invalid
+from lora_fused.checks import invalid, some
 from lora_fused.cli.base_model import base_of, read_rows, read_texts, steps
-from lora_fused.cli.console import Reporter
+from lora_fused.cli.console import Reporter, counted
 
 _KEYS = ("adapter", "examples", "name", "tags", "metadata")
 _BATCH = 32  # adapters in a commit
@@ -82,16 +82,17 @@ def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dic
     held = [job.name for job in jobs if job.name in names]
     if held and not options["skip_existing"]:
         rule = "be new (--skip-existing passes over those that are there)"
-        raise invalid("library add", "names", rule, ", ".join(map(repr, held[:4])))
+        raise invalid("library add", "names", rule, some(map(repr, held)))
     left = [job for job in jobs if job.name not in names]
     told = {"added": [], "skipped": held, "noise": None}
     if not left:
         return told
+    _check(left, library.space, options, reporter)
     base = base_of(library, options["model"], reporter)
     # Noise is reported against the neighbours, so all must be there at once.
     size = len(left) if options["noise"] else _BATCH
     total = sum(len(job.texts) for job in left)
-    label = f"adding {len(left)} adapters by {total} examples"
+    label = f"adding {counted(len(left), 'adapter')} by {counted(total, 'example')}"
     try:
         with reporter.task(label, total) as advance:
             for i in range(0, len(left), size):
@@ -105,23 +106,33 @@ def add_jobs(library, jobs: list[Job], options: dict, reporter: Reporter) -> dic
     return told
 
 
+def _check(jobs: list[Job], space, options: dict, reporter: Reporter) -> None:
+    """Before the base is loaded: adapters that are damaged, or of another base."""
+    from lora_fused.library.entries import check_adapter, other_base
+
+    with reporter.task(f"checking {counted(len(jobs), 'adapter')}", len(jobs)) as advance:
+        for job in jobs:
+            adapter = _read(job, options)
+            other = other_base(adapter, space)
+            if other is not None and not options["any_base"]:
+                rule = f"be of the library's base {space.base} (if the two are one model, create "
+                rule += f"the library with --base-name {other}, or pass --any-base)"
+                got = f"one trained on {other}"
+                raise invalid("library add", f"adapter {job.name!r}", rule, got)
+            check_adapter(adapter, space, any_base=True)
+            advance(1)
+
+
+def _read(job: Job, options: dict):
+    from lora_fused.io import read_adapter
+
+    return read_adapter(job.path, name=job.name, allow_pickle=options["allow_pickle"])
+
+
 def _add(library, jobs: list[Job], base, options: dict, advance):
     """One commit; what the noise did, if any."""
-    from lora_fused.io import read_adapter
-    from lora_fused.library.entries import check_adapter
     from lora_fused.methods.rpe import make_prototypes
 
-    pickle = options["allow_pickle"]
-    # First: a damaged adapter, or one of another base, is told of before the embedding.
-    adapters = [read_adapter(job.path, name=job.name, allow_pickle=pickle) for job in jobs]
-    for adapter in adapters:
-        try:
-            check_adapter(adapter, library.space, options["any_base"])
-        except ValueError as error:
-            if "any_base=True" not in str(error):
-                raise
-            remedy = "the same base by another name: library create --base-name"
-            raise ValueError(f"{error}; {remedy}") from None
     found = {
         job.name: library.embed(
             base.model, job.texts, tokenizer=base.tokenizer, progress=steps(advance)
@@ -137,7 +148,7 @@ def _add(library, jobs: list[Job], base, options: dict, advance):
         seed=options["seed"],
     )
     library.add_many(
-        adapters,
+        [_read(job, options) for job in jobs],
         made,
         tags={job.name: [*job.tags, *options["tags"]] for job in jobs},
         metadata={job.name: job.metadata for job in jobs},

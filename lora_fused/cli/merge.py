@@ -9,7 +9,7 @@ import typer
 from lora_fused.adapters import AdapterBank
 from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, Overwrite, Quiet
-from lora_fused.cli.console import Reporter, finite, print_json, stdout, table
+from lora_fused.cli.console import Reporter, counted, finite, print_json, stdout, table, tell_strays
 
 _DEFAULT = "cat"
 _SHOWN = 20  # adapters
@@ -26,33 +26,53 @@ Paths = Annotated[
 
 def merge(
     paths: Paths = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write.")
+    ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One per adapter, as in .5,.3,-.2; default: 1/K each.")
+        str | None, typer.Option(help="A number per adapter, as in .5,.3,-.2. Default: 1/K each.")
     ] = None,
     combination_type: Annotated[
         str | None,
-        typer.Option("--type", "-t", help="cat (default), svd, linear, ties, ties_svd, ..."),
+        typer.Option(
+            "--type", "-t", help="How to merge: cat (default), svd, linear, ties, ties_svd, ..."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the result, for types that cut.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the result, for svd and types that end in _svd, _core or _knots. "
+            "Default: the largest of the adapters."
+        ),
+    ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="In place of --rank: share to keep, 0 to 1.")
+        float | None, typer.Option(help="The share of energy to keep, 0 to 1, in place of --rank.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="ties, dare, magnitude_prune: share of entries kept.")
+        float | None,
+        typer.Option(
+            help="The share of entries to keep, 0 to 1; ties, dare and magnitude_prune need it."
+        ),
     ] = None,
     majority_sign_method: Annotated[
-        str | None, typer.Option(help="ties: total (default) or frequency.")
+        str | None, typer.Option(help="How ties elects signs: total (default) or frequency.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what dare drops; default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the entries that dare drops. Default: 0.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: the files'.")
+        str | None,
+        typer.Option(help="Write float32, float16 or bfloat16. Default: the files' dtype."),
     ] = None,
     saved_modules: Annotated[
-        str | None, typer.Option(help="Fully trained modules: error (default) or ignore.")
+        str | None,
+        typer.Option(help="What to do with fully trained modules: error (default) or ignore."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="A YAML file with adapters and options, in place of both.")
+        str | None,
+        typer.Option(
+            help="A YAML file that names the adapters and options, in place of the command line."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
@@ -84,8 +104,10 @@ def merge(
     }
     options = {key: value for key, value in options.items() if value is not None}
     found, numbers, options = _asked(paths, weights, recipe, options)
+    _check_density(options)
     target = _target(output, overwrite, dry_run, found)
     reporter = Reporter(quiet)
+    tell_strays(paths or [], reporter)
     bank = load(found, reporter, any_base, allow_pickle)
     given = dict(zip(bank.names, numbers, strict=True))
     merged = _merged(bank, given, options, reporter)
@@ -117,6 +139,16 @@ def _asked(paths, weights: str | None, recipe: str | None, options: dict):
         raise invalid("merge", "paths", "name adapters (or give --recipe)", "none")
     found = expand(paths)
     return found, _numbers(weights, found), options
+
+
+def _check_density(options: dict) -> None:
+    """Before anything is read."""
+    from lora_fused.methods.merge_request import RULES, TYPES
+
+    kind = options.get("combination_type", _DEFAULT)
+    if kind in TYPES and kind.startswith(RULES) and "density" not in options:
+        rule = f"be given for --type {kind}: the share of entries to keep, in (0, 1]"
+        raise invalid("merge", "--density", rule, "none")
 
 
 def _numbers(weights: str | None, found: list[Path]) -> list[float]:
@@ -156,7 +188,7 @@ def load(found: list[Path], reporter: Reporter, any_base: bool, allow_pickle: bo
     from lora_fused.io import load_adapters
 
     names = _distinct_names(found)
-    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         return load_adapters(
             found,
             names=names,

@@ -42,25 +42,36 @@ def retrieve(
     inputs: Inputs = None,
     text: Text = None,
     field: Field = "text",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Adapters to weigh.")] = 5,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many adapters to weigh.")] = 5,
     weights: Annotated[
-        str, typer.Option(help="uniform, nearest, similarity, linear, l1 or simplex.")
+        str, typer.Option(help="How to weigh: uniform, nearest, similarity, linear, l1 or simplex.")
     ] = "l1",
     per_input: Annotated[
-        bool, typer.Option("--per-input", help="An ensemble of each input, not of their mean.")
+        bool,
+        typer.Option(
+            "--per-input", help="Give each input its own ensemble, not one to their mean."
+        ),
     ] = False,
     max_adapters: Annotated[
-        int | None, typer.Option(min=1, help="Of nonzero weight, at most.")
+        int | None, typer.Option(min=1, help="Most adapters that get a weight. Default: all of -k.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of --weights similarity.")] = 1.0,
-    l1: Annotated[float, typer.Option("--l1", help="Of --weights l1, on negative mass.")] = 1.0,
+    temperature: Annotated[
+        float,
+        typer.Option(help="Squared distance over which --weights similarity fades."),
+    ] = 1.0,
+    l1: Annotated[
+        float, typer.Option("--l1", help="Penalty that --weights l1 puts on negative mass.")
+    ] = 1.0,
     units: Annotated[
-        str, typer.Option(help="Of --temperature and --l1: raw, or median (of distances).")
+        str,
+        typer.Option(
+            help="Unit of --temperature and --l1: raw (squared features) or median (distance)."
+        ),
     ] = "raw",
     reference: Annotated[
         str | None,
         typer.Option(
-            help="With --per-input: inputs that the library serves. Without, none is judged."
+            help="A file of inputs known to be served, which --per-input judges each input by."
         ),
     ] = None,
     where: Filter = None,
@@ -69,9 +80,10 @@ def retrieve(
         str | None, typer.Option(help="Write the ensemble as one PEFT folder here.")
     ] = None,
     combination_type: Annotated[
-        str, typer.Option("--type", "-t", help="Of --apply: cat (exact), or svd with --rank.")
+        str,
+        typer.Option("--type", "-t", help="How --apply merges: cat (exact), or svd with --rank."),
     ] = "cat",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of --type svd.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank that --type svd cuts to.")] = None,
     overwrite: Overwrite = False,
     model: Model = None,
     store: Store = None,

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from lora_fused.cli.adapters import AllowPickle, AsJson, Paths, Quiet
-from lora_fused.cli.console import Reporter, check_page, print_json, say, stdout, table
+from lora_fused.cli.console import (
+    Reporter,
+    check_page,
+    counted,
+    print_json,
+    say,
+    stdout,
+    table,
+    tell_strays,
+)
 
 
 def similarity(
@@ -33,8 +42,9 @@ def similarity(
     if html is not None:
         check_page(html, "similarity", "--html")
     reporter, found = Reporter(quiet), expand(paths)
+    tell_strays(paths, reporter)
     bank = load(found, reporter, any_base, allow_pickle)
-    with reporter.task(f"comparing {len(bank)} adapters", 1) as advance:
+    with reporter.task(f"comparing {counted(len(bank), 'adapter')}", 1) as advance:
         result = compare_adapters(bank)
         advance(1)
     angles = principal_angles(bank, *bank.names) if len(bank) == 2 else {}

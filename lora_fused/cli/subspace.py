@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from lora_fused.adapters import AdapterBank
+from lora_fused.checks import invalid
 from lora_fused.cli.adapters import AllowPickle, AnyBase, AsJson, Overwrite, Paths, Quiet, Seed
-from lora_fused.cli.console import Reporter, print_json, say, stdout, table
+from lora_fused.cli.console import Reporter, counted, print_json, say, stdout, table, tell_strays
 
 app = typer.Typer(no_args_is_help=True, help="Fit, use and judge one basis for many adapters.")
 
@@ -18,16 +19,23 @@ Folder = Annotated[str, typer.Argument(metavar="SUBSPACE", help="A folder that f
 def fit(
     paths: Paths,
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to write.")],
-    rank: Annotated[int | None, typer.Option(help="Directions P of either side.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="In place of --rank: share to keep, 0 to 1.")
+    rank: Annotated[
+        int | None, typer.Option(help="How many directions each side keeps (or --energy).")
     ] = None,
-    method: Annotated[str, typer.Option(help="eigenlorax, hosvd, hooi or jd_diag.")] = "eigenlorax",
+    energy: Annotated[
+        float | None, typer.Option(help="The share of energy to keep, 0 to 1, in place of --rank.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How to fit: eigenlorax, hosvd, hooi or jd_diag.")
+    ] = "eigenlorax",
     weighting: Annotated[
-        str, typer.Option(help="What an adapter weighs: updates, equal or factors.")
+        str, typer.Option(help="How adapters are weighed: updates, equal or factors.")
     ] = "updates",
-    drop_mean: Annotated[bool, typer.Option("--drop-mean", help="As the paper's code.")] = False,
-    augment: Annotated[int, typer.Option(help="Random directions behind the principal.")] = 0,
+    drop_mean: Annotated[
+        bool,
+        typer.Option("--drop-mean", help="Leave the mean out of the basis, as the paper's code."),
+    ] = False,
+    augment: Annotated[int, typer.Option(help="How many random directions to add.")] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -39,6 +47,9 @@ def fit(
     from lora_fused.io import save_subspace
     from lora_fused.methods import fit_subspace
 
+    if (rank is None) == (energy is None):
+        got = "neither" if rank is None else "both"
+        raise invalid("subspace fit", "--rank or --energy", "be given, one of the two", got)
     _check_target(output, overwrite)
     reporter = Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base)
@@ -92,7 +103,8 @@ def project(
     folder: Folder,
     paths: Paths,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Write a subspace with these cores, too.")
+        str | None,
+        typer.Option("--output", "-o", help="A folder for the subspace with these cores added."),
     ] = None,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -107,7 +119,7 @@ def project(
     subspace, reporter = load_subspace(folder), Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base, subspace)
     adapters, errors = [bank.adapter(name) for name in bank.names], {}
-    with reporter.task(f"projecting {len(adapters)} adapters", len(adapters)) as advance:
+    with reporter.task(f"projecting {counted(len(adapters), 'adapter')}", len(adapters)) as advance:
         for adapter in adapters:
             errors[adapter.name] = subspace.distance(adapter)
             advance(1)
@@ -121,9 +133,14 @@ def project(
 @app.command()
 def reconstruct(
     folder: Folder,
-    output: Annotated[str, typer.Option("--output", "-o", help="Where the PEFT folders go.")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the results; default: the cores'.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to write them in.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME...]", help="Names of adapters. Default: all."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the results. Default: that of their cores.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -133,7 +150,8 @@ def reconstruct(
 
     subspace, bank = load_subspace(folder), AdapterBank()
     names = names or subspace.names
-    with Reporter(quiet).task(f"reconstructing {len(names)} adapters", len(names)) as advance:
+    label = f"reconstructing {counted(len(names), 'adapter')}"
+    with Reporter(quiet).task(label, len(names)) as advance:
         for name in names:
             bank.add(subspace.reconstruct(name, rank=rank))
             advance(1)
@@ -150,7 +168,8 @@ def add(
     folder: Folder,
     paths: Paths,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Default: the subspace is replaced.")
+        str | None,
+        typer.Option("--output", "-o", help="The folder to write. Default: SUBSPACE itself."),
     ] = None,
     overwrite: Overwrite = False,
     any_base: AnyBase = False,
@@ -164,7 +183,7 @@ def add(
     _check_target(output, overwrite)
     subspace, reporter = load_subspace(folder), Reporter(quiet)
     bank = _load(paths, reporter, allow_pickle, any_base, subspace)
-    with reporter.task(f"adding {len(bank)} adapters", 1) as advance:
+    with reporter.task(f"adding {counted(len(bank), 'adapter')}", 1) as advance:
         subspace.add_many([bank.adapter(name) for name in bank.names])
         advance(1)
     replaced = output is None
@@ -179,9 +198,11 @@ def report(
     folder: Folder,
     paths: Paths,
     html: Annotated[str | None, typer.Option(help="Write one HTML page with plots.")] = None,
-    null_draws: Annotated[int, typer.Option(help="Draws of adapters that share nothing.")] = 3,
+    null_draws: Annotated[
+        int, typer.Option(help="How many draws of adapters that share nothing to compare with.")
+    ] = 3,
     sample: Annotated[
-        int, typer.Option(help="Of more adapters, so many are drawn and left out.")
+        int, typer.Option(help="Leave out at most so many adapters in turn, drawn at random.")
     ] = 100,
     seed: Seed = 0,
     any_base: AnyBase = False,
@@ -219,9 +240,9 @@ def report(
 @app.command()
 def bench(
     folder: Folder,
-    rows: Annotated[int, typer.Option(min=1, help="Of the batch.")] = 64,
-    per_row: Annotated[int, typer.Option(min=1, help="Adapters in each row's mixture.")] = 4,
-    repeat: Annotated[int, typer.Option(min=1, help="How many times each is timed.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows the batch has.")] = 64,
+    per_row: Annotated[int, typer.Option(min=1, help="How many adapters each row mixes.")] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="How many times to time each side.")] = 20,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -244,7 +265,7 @@ def bench(
     ]
     columns = {"what": "left", "adapters": "right", "subspace": "right", "ratio": "right"}
     stdout().print(table(title, columns, cells))
-    say(f"layer {found['module']}, {found['threads']} threads; medians, taken in turn")
+    say(f"layer {found['module']}, {counted(found['threads'], 'thread')}; medians, taken in turn")
 
 
 def _check_target(output: str | None, overwrite: bool) -> None:
@@ -263,7 +284,8 @@ def _load(
     from lora_fused.io.subspace import check_same_base
 
     found = expand(paths)
-    with reporter.task(f"reading {len(found)} adapters", len(found)) as advance:
+    tell_strays(paths, reporter)
+    with reporter.task(f"reading {counted(len(found), 'adapter')}", len(found)) as advance:
         bank = load_adapters(
             found,
             allow_pickle=allow_pickle,
@@ -287,8 +309,8 @@ def _facts(subspace) -> dict:
         "directions": [min(sides), max(sides)],
         "mean_kept": options.method == "eigenlorax" and options.center and options.keep_mean,
         "random_directions": options.augment,
-        "numbers": sizes["subspace"],
-        "numbers_uncompressed": sizes["adapters"],
+        "parameters": sizes["subspace"],
+        "parameters_uncompressed": sizes["adapters"],
     }
 
 

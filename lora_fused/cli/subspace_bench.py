@@ -1,4 +1,4 @@
-"""What a subspace saves: numbers stored, bytes that a batch reads, and time on this CPU."""
+"""What a subspace saves: parameters stored, bytes that a batch reads, and time on this CPU."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from lora_fused.ops import PairCores, mixture_lora, subspace_lora
 
 
 def stored(subspace: Subspace) -> dict[str, int]:
-    """How many numbers the subspace holds, and the adapters that it stands for."""
+    """How many parameters the subspace holds, and the adapters that it stands for."""
     inside = outside = 0
     for module, basis in subspace.bases.items():
         inside += basis.basis_a.numel() + basis.basis_b.numel()

@@ -15,7 +15,8 @@ from lora_fused.methods.embedding import POOLINGS
 from lora_fused.methods.prototypes import Prototypes, checked_features
 
 OP = "AdapterLibrary"
-FORMAT, VERSION = "lora_fused.library", 1
+FORMAT, VERSION = "lora_fused.library", 2
+_READABLE = (1, VERSION)  # 1: without base_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Space:
         modules: the base's modules, name -> [I, O], or None: not looked at.
         layer, pooling, normalize, max_length: how ``embed`` makes vectors.
         minimum: examples in a prototype, at least.
+        base_place: where the base was, for who has none at hand: a folder or an installed package.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Space:
     normalize: bool = False
     max_length: int | None = None
     minimum: int = 10
+    base_place: str | None = None
 
     def to_json(self) -> str:
         header = {"format": FORMAT, "format_version": VERSION, **dataclasses.asdict(self)}
@@ -51,8 +54,8 @@ class Space:
     def from_json(cls, text: str, where: str) -> "Space":
         header = json.loads(text)
         known = header.pop("format", None), header.pop("format_version", None)
-        if known != (FORMAT, VERSION):
-            rule = f"be {FORMAT} {VERSION} (update lora_fused to read newer ones)"
+        if known not in [(FORMAT, version) for version in _READABLE]:
+            rule = f"be {FORMAT} of version {_READABLE} (update lora_fused to read newer ones)"
             raise invalid(OP, f"format of {where}", rule, known)
         return cls(**header)
 
@@ -85,7 +88,7 @@ class Entry:
 
 
 def check_settings(
-    layer: object, pooling: object, normalize: object, max_length: object, base_name: object
+    layer: object, pooling: object, normalize: object, max_length: object, **names: object
 ) -> None:
     """Refuse settings of vectors that ``embed`` could do nothing with."""
     if isinstance(layer, bool) or not isinstance(layer, (str, int, type(None))) or layer == "":
@@ -96,8 +99,9 @@ def check_settings(
         raise invalid(OP, "normalize", "be True or False", repr(normalize))
     if max_length is not None:
         check_whole(OP, "max_length", max_length, least=3)
-    if base_name is not None and not (isinstance(base_name, str) and base_name):
-        raise invalid(OP, "base_name", "be a name or None", repr(base_name))
+    for argument, name in names.items():
+        if name is not None and not (isinstance(name, str) and name):
+            raise invalid(OP, argument, "be a name or None", repr(name))
 
 
 def check_name(name: object) -> str:
@@ -130,11 +134,17 @@ def check_metadata(metadata: object, name: str) -> dict:
     return metadata
 
 
+def other_base(adapter: Adapter, space: Space) -> str | None:
+    """What the adapter's config calls its base, where that is not the library's."""
+    base = (adapter.metadata.get("config") or {}).get("base_model_name_or_path")
+    same = not (space.base and base) or base_key(base) == base_key(space.base)
+    return None if same else base
+
+
 def check_adapter(adapter: Adapter, space: Space, any_base: bool) -> None:
     """Refuse an adapter of another base: by its config, and by its modules."""
-    config = adapter.metadata.get("config") or {}
-    base, where = config.get("base_model_name_or_path"), f"adapter {adapter.name!r}"
-    if space.base and base and not any_base and base_key(base) != base_key(space.base):
+    base, where = other_base(adapter, space), f"adapter {adapter.name!r}"
+    if base is not None and not any_base:
         rule = f"be {space.base!r} as the library's (any_base=True allows others for once, "
         rule += "create(base_name=...) gives a library another name)"
         raise invalid(OP, f"the base of {where}", rule, repr(base))

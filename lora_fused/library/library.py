@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, AdapterBank
-from lora_fused.checks import check_whole, invalid
+from lora_fused.checks import check_whole, invalid, some
 from lora_fused.io.find import Paths
 from lora_fused.io.packed import PackedStore, locked
 from lora_fused.io.packed_records import Record
@@ -68,6 +68,7 @@ class AdapterLibrary(LibraryReader):
         base: object,
         size: int,
         base_name: str | None = None,
+        base_place: str | None = None,
         layer: str | int | None = None,
         pooling: str | None = None,
         normalize: bool = False,
@@ -85,6 +86,8 @@ class AdapterLibrary(LibraryReader):
             size: E, of its features.
             base_name: What adapters' configs may call the base, compared by its last part. Default:
                 the model's own name. Without one, any.
+            base_place: Where the base is, for the command line to find it again: a folder, or the
+                installed package that holds it.
             layer, pooling, normalize, max_length: How vectors are made; see ``rpe.embed``. Kept,
                 so that requests are embedded in the same way (``embed``). Text takes a
                 ``max_length`` of 3 at least, a token between two marks.
@@ -100,7 +103,8 @@ class AdapterLibrary(LibraryReader):
         uri, store = places(uri, store)
         check_whole(OP, "size", size)
         check_whole(OP, "minimum", minimum, least=0)
-        rules.check_settings(layer, pooling, normalize, max_length, base_name)
+        names = {"base_name": base_name, "base_place": base_place}
+        rules.check_settings(layer, pooling, normalize, max_length, **names)
         known, modules = known_base(base), None
         if not isinstance(base, str):
             modules = module_sizes(base)
@@ -109,7 +113,7 @@ class AdapterLibrary(LibraryReader):
             base_name = base_name or getattr(config, "_name_or_path", None) or None
         space = Space(
             *(secrets.token_hex(16), size, known, base_name, modules),
-            *(layer, pooling, normalize, max_length, minimum),
+            *(layer, pooling, normalize, max_length, minimum, base_place),
         )
         if Catalogue.exists(uri, storage_options):
             raise FileExistsError(f"{OP}: {uri} holds a library already")
@@ -346,9 +350,8 @@ class AdapterLibrary(LibraryReader):
 
 
 def _taken(names: Iterable[str]) -> ValueError:
-    some = ", ".join(sorted(map(repr, names))[:4])
     rule = "be new (update() changes an entry, existing='skip' passes over it)"
-    return invalid(OP, "names", rule, some)
+    return invalid(OP, "names", rule, some(sorted(map(repr, names))))
 
 
 def _now() -> datetime.datetime:

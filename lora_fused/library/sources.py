@@ -3,13 +3,12 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from torch import nn
 
 from lora_fused.adapters import Adapter, AdapterBank
-from lora_fused.checks import invalid
+from lora_fused.checks import hint, invalid
 from lora_fused.io.find import Paths, expand
 from lora_fused.io.peft import default_name, read_adapter
 from lora_fused.library.entries import OP, check_metadata, check_name, check_tags
@@ -46,8 +45,7 @@ def check_layer(base: object, layer: str | int | None) -> None:
     models = [m for m in (base, unwrapped(base)) if isinstance(m, nn.Module)]
     found = [name for model in models for name, _ in model.named_modules() if name]
     if layer not in found:
-        close = get_close_matches(layer, found, n=3) or found[:3]
-        rule = f"be a module of the base's (close: {', '.join(map(repr, close))})"
+        rule = f"be a module of the base's ({hint(layer, found)})"
         raise invalid(OP, "layer", rule, repr(layer))
 
 

@@ -273,8 +273,21 @@ def _check(bank, rank, energy, method, keep_mean, center, weighting, augment) ->
     if method != "eigenlorax" and not (keep_mean and center):
         rule = f"be left at True for {method!r}, which subtracts no mean"
         raise invalid(_OP, "keep_mean and center", rule, f"{keep_mean} and {center}")
-    stacks = bank.stacks.values()
-    most = max(min(max(s.in_features, s.out_features), sum(s.ranks)) for s in stacks)
-    if rank is not None and rank > most:
-        rule = f"be at most {most}, the most directions that a module has"
-        raise invalid(_OP, "rank", rule, rank)
+    if rank is not None:
+        _check_rank(bank, rank)
+
+
+def _check_rank(bank: AdapterBank, rank: int) -> None:
+    """Refuse more directions than any module has, saying what limits them."""
+    widths = [max(stack.in_features, stack.out_features) for stack in bank.stacks.values()]
+    every = [[rank for rank in stack.ranks if rank] for stack in bank.stacks.values()]
+    most, width, ranks = max((min(w, sum(r)), w, r) for w, r in zip(widths, every, strict=True))
+    if rank <= most:
+        return
+    why = f"its wider side is {width}"
+    if sum(ranks) <= width:
+        low, high = min(ranks), max(ranks)
+        of = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        why = f"{len(ranks)} adapters of {of} have {most} in all"
+    rule = f"be at most {most}, the most directions that a module has ({why})"
+    raise invalid(_OP, "rank", rule, rank)

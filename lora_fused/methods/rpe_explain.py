@@ -63,8 +63,8 @@ class Explanation:
     def _place(self) -> str:
         if not self.of:
             return "nothing to compare it with (give reference=)"
-        few = ", too few to warn by" if self.outside is None else ""
-        return f"farther than {self.nearer} of {self.of} reference points are{few}"
+        few = " (too few points for a warning)" if self.outside is None else ""
+        return f"more than {self.nearer} of {self.of} reference points have{few}"
 
     def to_json(self, **options) -> str:
         """All attributes; ``options`` are json.dumps's (indent=2)."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_fused import Adapter, LoraFactors
+from lora_fused.cli.console import counted
 from lora_fused.cli.facts import effective_rank, facts_of, singular_values
 from lora_fused.io import read_adapter
 from lora_fused.methods.initialisations import shared_initialisations
@@ -95,6 +96,12 @@ def test_the_table_shows_what_can_be_read_and_why_the_rest_cannot(run, make_adap
     assert "lora_B" in line and "finite" in line
     assert "reading 2 adapters" in result.stderr
     assert run("inspect", good, "--quiet").stderr == ""
+
+
+def test_one_is_not_several(run, make_adapter):
+    done = run("inspect", make_adapter("good", 1))
+    assert "reading 1 adapter ..." in done.stderr and "1 adapter, base model" in done.stdout
+    assert counted(2, "adapter") == "2 adapters" and counted(0, "entry") == "0 entries"
 
 
 def test_an_adapter_without_effect_is_pointed_out(run, make_adapter):

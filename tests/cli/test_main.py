@@ -1,13 +1,16 @@
 """Errors are one line, with exit codes 1 and 2; what importing the package imports."""
 
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
 
 import pytest
+import typer
 
 import lora_fused
+from lora_fused.cli.app import app
 
 
 def fresh(code: str) -> subprocess.CompletedProcess:
@@ -70,6 +73,34 @@ def test_help_lists_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("info", "inspect", "validate", "demo", "recycle"))
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+FRAGMENT = re.compile(r"(Of|Its|As|Over|For|With|At most|In place of)\b|[a-z]")
+TEXTS = {
+    (name, option.name): getattr(option, "help", None)
+    for name, command in commands(typer.main.get_command(app))
+    if not name.startswith("recycle")
+    for option in command.params
+    if option.name != "help"
+}
+
+
+@pytest.mark.parametrize("where", TEXTS, ids=" ".join)
+def test_every_help_text_stands_alone(where):
+    """No rests of sentences, of which a reader has to guess the beginning."""
+    assert TEXTS[where] and not FRAGMENT.match(TEXTS[where]), TEXTS[where]
+
+
+def test_merge_tells_the_rank_that_it_gives_by_default():
+    assert "Default: the largest of the adapters" in TEXTS["merge", "rank"]
 
 
 def test_help_promises_what_there_is(run):

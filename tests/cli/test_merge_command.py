@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lora_fused import load_adapters, read_adapter
 from lora_fused.methods import merge
@@ -180,7 +181,11 @@ FAULTS = {
     "bad weights": (["mr"], ["--weights", "1;2"], "--weights must be numbers with commas between"),
     "nan": (["mr", "cr"], ["--weights", "1,nan"], "weight of 'cr' must be finite in float32"),
     "type": (["mr"], ["--type", "tie"], "combination_type must be one of ('cat', 'svd', 'linear'"),
-    "no density": (["mr"], ["--type", "ties"], "density must be a number in (0, 1], got None"),
+    "no density": (
+        ["none"],  # told before anything is read
+        ["--type", "ties_svd"],
+        "--density must be given for --type ties_svd: the share of entries to keep, in (0, 1], got",
+    ),
     "density": (["mr"], ["--type", "ties", "--density", "2"], "density must be a number in (0, 1]"),
     "rank": (["mr"], ["--rank", "4"], "rank must be given for 'svd'"),
     "dtype": (["mr"], ["--dtype", "int8"], "dtype must be one of ('float32'"),
@@ -202,6 +207,17 @@ def test_faults_are_one_line(run, folders, make_adapter, tmp_path, names, option
     output = [] if "--output" in text else ["-o", tmp_path / "out"]
     fault(run("merge", *paths, *options, *output, "-q"), text)
     assert not (tmp_path / "out").exists()
+
+
+def test_saved_modules_are_refused_in_words_of_the_command(run, folders, tmp_path):
+    file, config = folders[0] / "adapter_model.safetensors", folders[0] / "adapter_config.json"
+    tensors = load_file(file) | {"base_model.model.head.weight": torch.ones(2, 2)}
+    save_file(tensors, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["head"]}))
+    done = run("merge", *folders, "-o", tmp_path / "out", "-q")
+    fault(done, "(pass --saved-modules ignore to leave them out)")
+    options = ("--saved-modules", "ignore", "-o", tmp_path / "out", "-q")
+    assert run("merge", *folders, *options).exit_code == 0
 
 
 def test_without_pyyaml_it_says_what_to_install(run, folders, tmp_path, monkeypatch):

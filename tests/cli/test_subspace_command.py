@@ -48,8 +48,8 @@ def test_fit_writes_what_info_shows(run, folders, tmp_path):
     assert facts["adapters"] == 4 and facts["modules"] == 2 and facts["method"] == "eigenlorax"
     assert facts["directions"] == [5, 5] and not facts["mean_kept"]
     assert facts["ranks"] == {"mr": "2", "cr": "2", "sst": "2", "wnli": "2"}
-    assert facts["numbers_uncompressed"] == 4 * 2 * (8 + 12 + 12 + 6)
-    assert facts["numbers"] == 5 * (8 + 12 + 12 + 6) + 4 * 2 * 2 * (5 + 5)
+    assert facts["parameters_uncompressed"] == 4 * 2 * (8 + 12 + 12 + 6)
+    assert facts["parameters"] == 5 * (8 + 12 + 12 + 6) + 4 * 2 * 2 * (5 + 5)
     assert facts["base"] == ["tiny/base"] and facts["weighting"] == "updates" and facts["seed"] == 3
     assert facts["sources"]["cr"].endswith("in/cr") and not facts["fingerprint"]
     told = run("subspace", "info", tmp_path / "S").stdout
@@ -198,7 +198,9 @@ def test_what_cannot_be_written_is_said_before_anything_is_read(run, fitted, tmp
 
 def test_errors_are_one_line(run, fitted, folders, tmp_path):
     new = ("-o", tmp_path / "new", "-q")
-    fault(run("subspace", "fit", *folders, *new), "rank and energy must be given one of the two")
+    for options, got in (((), "neither"), (("--rank", 2, "--energy", 0.5), "both")):
+        done = run("subspace", "fit", tmp_path / "none", *options, *new)  # nothing is read
+        fault(done, f"--rank or --energy must be given, one of the two, got {got}")
     for option, words in (
         (("--rank", 0), "rank must be an integer of at least 1, got 0"),
         (("--rank", 99), "rank must be at most"),

@@ -3,6 +3,10 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_fused import load_adapters
 
 
 def test_sound_adapters_give_ok_lines_and_exit_code_0(run, make_adapter):
@@ -44,6 +48,38 @@ def test_json_holds_every_path_with_its_faults(run, make_adapter, tmp_path):
     result = run("validate", sound, idle, "--json", "-q")
     assert [one["path"] for one in json.loads(result.stdout)["adapters"]] == [str(idle)]
     assert run("validate", sound, "--json").exit_code == 0
+
+
+@pytest.fixture
+def strewn(make_adapter, tmp_path):
+    """Two adapters beside what is none: a file, a folder, tensors of another kind."""
+    folders = [make_adapter("in/a", 1), make_adapter("in/b", 2)]
+    (tmp_path / "in" / "results.json").write_text("{}")
+    (tmp_path / "in" / "plots").mkdir()
+    save_file({"weight": torch.ones(2)}, tmp_path / "in" / "head.safetensors")
+    return folders
+
+
+@pytest.mark.parametrize("command", ["validate", "inspect", "merge", "similarity"])
+def test_what_a_pattern_matches_besides_adapters_is_passed_over(run, strewn, tmp_path, command):
+    options = ["--dry-run"] if command == "merge" else []
+    done = run(command, f"{tmp_path}/in/*", *options)
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.stderr.splitlines() if "passed over" in line)
+    assert "3 matches without an adapter: " in line and "results.json" in line
+    assert len(load_adapters(f"{tmp_path}/in/*")) == 2  # the same rule
+
+
+def test_only_a_pattern_passes_over(run, strewn, tmp_path):
+    stray = tmp_path / "in" / "results.json"
+    (tmp_path / "in" / "b" / "adapter_model.safetensors").unlink()
+    done = run("validate", f"{tmp_path}/in/*", "--json")
+    told = json.loads(done.stdout)
+    assert done.exit_code == 1 and told["adapters"][1]["faults"]  # a damaged adapter is one
+    assert str(stray) in told["passed_over"] and len(told["passed_over"]) == 3
+    for named in (stray, f"{tmp_path}/in/*.json", f"{tmp_path}/in/*.txt"):
+        done = run("validate", named)
+        assert done.exit_code == 1 and len(done.stdout.splitlines()) == 1, done.stdout
 
 
 def damage_json(folder):

@@ -53,6 +53,8 @@ def test_names_among_many(unchanged, make):
     adapters, prototypes = make(5, first=10)  # a0010 and a0011 are in
     with pytest.raises(ValueError, match=r"names must be new .* got 'a0010', 'a0011'"):
         unchanged.add_many(adapters, prototypes, batch=1, progress=False)
+    with pytest.raises(ValueError, match=r"'a0002', 'a0003', 'a0004', 'a0005' and 3 more$"):
+        unchanged.add_many(*make(7, first=2), progress=False)
     with pytest.raises(ValueError, match="adapters must have distinct names, got 'a0012' twice"):
         unchanged.add_many([*adapters[2:], adapters[2]], prototypes, progress=False)
 
@@ -257,6 +259,7 @@ def test_places(library, tmp_path, base):
         ({"size": 6, "layer": 1.5}, "layer must be a module's name, a number or None"),
         ({"size": 6, "layer": True}, "layer must be a module's name, a number or None"),
         ({"size": 6, "layer": "upp"}, r"layer must be a module of the base's \(close: 'up'"),
+        ({"size": 6, "layer": "xyz"}, r"layer must be a module of the base's \(known: '"),
         ({"size": 6, "normalize": "yes"}, "normalize must be True or False"),
         ({"size": 6, "max_length": 2}, "max_length must be an integer of at least 3"),
         ({"size": 6, "max_length": "9"}, "max_length must be an integer of at least 3"),

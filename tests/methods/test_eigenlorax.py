@@ -328,7 +328,7 @@ BAD = {
     "neither": ({"rank": None}, "rank and energy must be given one of the two, got None and None"),
     "both": ({"energy": 0.5}, "rank and energy must be given one of the two, got 4 and 0.5"),
     "rank 0": ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
-    "rank 99": ({"rank": 99}, "rank must be at most 39, .* got 99"),
+    "rank 99": ({"rank": 99}, "rank must be at most 39, .*9 adapters of ranks 3 to 6 .* got 99"),
     "energy": ({"rank": None, "energy": 1.5}, r"energy must be a number in \(0, 1\], got 1.5"),
     "diagonal": ({"rank": None, "energy": 0.5, "method": "jd_diag"}, "energy must be left out"),
     "weighting": ({"weighting": "factors", "method": "hosvd"}, "weighting must be one of"),
@@ -343,6 +343,15 @@ BAD = {
 def test_rejects(change, text):
     with pytest.raises(ValueError, match=f"^fit_subspace: {text}"):
         fit_subspace(make_bank(), **{"rank": 4, **change})
+
+
+@pytest.mark.parametrize("rank, count, why", [
+    pytest.param(8, 3, r"at most 24, .*\(3 adapters of rank 8 have 24 in all\), got 99", id="rows"),
+    pytest.param(20, 9, r"at most 56, .*\(its wider side is 56\), got 99", id="width"),
+])  # fmt: skip
+def test_a_rank_that_is_too_high_is_told_why(rank, count, why):
+    with pytest.raises(ValueError, match=f"rank must be {why}"):
+        fit_subspace(make_bank(count, ranks=(rank,)), rank=99)
 
 
 @EVERY

@@ -92,7 +92,9 @@ def test_warns_by_rank_and_not_of_too_few():
     far = torch.full((2,), 50.0)
     assert explained(far, library(19, 2))[0].outside is True
     (one,) = explained(far, library(18, 2))
-    assert one.nearer == one.of == 18 and one.outside is None and "too few to warn by" in str(one)
+    assert one.nearer == one.of == 18 and one.outside is None
+    told = "more than 18 of 18 reference points have (too few points for a warning)"
+    assert f"{one.hull_distance:.4g}, {told}" in str(one)
     chosen = rpe.weigh(rpe.retrieve(far, library(18, 2)))
     assert rpe.explain(chosen, level=0.9)[0].outside is True
     # Queries like the reference are warned of as often as the level says, not more.

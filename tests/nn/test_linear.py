@@ -5,7 +5,7 @@ import torch
 from support.models import Net, adapter, merged, row_by_row, tokens
 from torch import nn
 
-from lora_fused import AdapterBank, Mixture
+from lora_fused import Adapter, AdapterBank, LoraFactors, Mixture
 from lora_fused.mixture import Route
 from lora_fused.nn import MixtureLinear, attach
 from lora_fused.testing import assert_within_budget, make_stack
@@ -161,6 +161,35 @@ def test_the_model_may_have_another_dtype_than_the_bank(dtype):
     singles = [merged(plain, adapters, row).to(dtype)(x[i : i + 1]) for i, row in enumerate(ROWS)]
     truth = row_by_row(plain, adapters, ROWS, x)
     assert_within_budget(y, torch.cat(singles).detach(), truth)
+
+
+class Pooled(Net):
+    """One more layer, which gets a single token of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooler = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.pooler(super().forward(x)[:, 0])
+
+
+def test_a_module_with_other_tokens_can_be_left_out():
+    modules = {"up": (8, 12), "pooler": (6, 6)}
+    parts = {
+        name: LoraFactors(torch.randn(2, n_in), torch.randn(2, n_out), 1.0)
+        for name, (n_in, n_out) in modules.items()
+    }
+    bank = AdapterBank()
+    bank.add(Adapter("a", parts))
+    model, mixture = Pooled(), Mixture.rows([{"a": 1.0}] * 6, per="token")
+    handle = attach(model, bank)
+    left_out = r"'pooler' gets tokens .*, 2 \(attach\(\.\.\., modules=\.\.\.\) can leave .* got 6"
+    with handle.mix(mixture), pytest.raises(ValueError, match=left_out):
+        model(tokens(2, 3))
+    handle.detach()
+    with attach(model, bank, modules=lambda name: name != "pooler").mix(mixture):
+        assert model(tokens(2, 3)).shape == (2, 6)
 
 
 def test_a_router_is_asked_in_every_module():

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_recycle --csv benchmarks/results/recycle.csv
 
 "invert": one step of Adam on the pixels of 8 teachers (rank 4 on q and v), 1, 5 or 25 images each,
-all in one batch. Against it: one teacher after another with its LoRA merged into the weights, where
-adapters cost nothing; ours, one teacher after another; and, as a bound, the frozen model on the
-whole batch. max_error is that of the gradients against float64.
+all in one batch, under the priors of the experiment. Against it: one teacher after another with its
+LoRA merged into the weights, where adapters cost nothing; ours, one teacher after another; and, as
+a bound, the frozen model on the whole batch. max_error is that of the gradients against float64.
 "invert pruned" and "distil": a step of inversion of 8 x 5 images, with tokens dropped behind blocks
 1 and 3, and a step of meta-training (5 ways, 1 shot, 15 queries) on kept tokens alone, beside the
 same on whole images. N counts tokens before any is dropped, CLS with them. One thread, the CPU
@@ -31,7 +31,7 @@ from benchmarks import machine, table
 from benchmarks.bench_composition import in_turns
 from benchmarks.harness import Case, Gate, Result
 from lora_fused import Adapter, AdapterBank, attach, new_adapter
-from lora_fused.methods.recycle import NoPrior, Pool
+from lora_fused.methods.recycle import FeatureStatistics, Pool, Prior, TotalVariation, Weighted
 from lora_fused.methods.recycle.distil import Student, task_loss
 from lora_fused.methods.recycle.images import Images
 from lora_fused.methods.recycle.invert import Objective
@@ -45,7 +45,7 @@ DROPPED = (0.0, 0.25, 0.5, 0.75)
 WAYS, SHOTS, QUERIES = 5, 1, 15
 WHOLE, BOUND = "whole images", "no adapters, in one batch"
 DATA = Path(os.environ.get("LORA_FUSED_DATA", "../shared/data"))
-JITTER = 4
+JITTER, PRIOR_WEIGHT = 4, 0.01
 
 
 def small_vit() -> nn.Module:
@@ -94,6 +94,16 @@ class Inversion:
         self.adapters, self.heads = adapters(model), heads(model)
         self.labels = torch.arange(each) % CLASSES
         self.size = (3, *_sides(model))
+        images = torch.randn(64, *self.size, generator=torch.Generator().manual_seed(0))
+        self.targets = FeatureStatistics.of_tokens(model, images.clamp(-1, 1)).targets
+
+    def prior(self, model: nn.Module) -> Prior:
+        like = next(model.parameters())
+        targets = {
+            name: one._replace(mean=one.mean.to(like), variance=one.variance.to(like))
+            for name, one in self.targets.items()
+        }
+        return Weighted([(FeatureStatistics(model, targets), 0.3), (TotalVariation(), 60.0)])
 
     def attached(self):
         bank = AdapterBank()
@@ -103,7 +113,8 @@ class Inversion:
     def step(self, images: Images, names: list[str], handle, prune=None) -> Callable[[], Tensor]:
         chosen = {name: self.heads[name] for name in names}
         routed = Teachers("bench", handle, chosen, [self.each] * len(names))
-        objective = Objective(routed, self.labels.repeat(len(names)), NoPrior(), 0.0)
+        prior = self.prior(handle.model)
+        objective = Objective(routed, self.labels.repeat(len(names)), prior, PRIOR_WEIGHT)
         optimizer = torch.optim.Adam([images.pixels], 0.25, (0.5, 0.99))
         start = images.pixels.detach().clone()
 
@@ -142,15 +153,19 @@ class Inversion:
         images = [self.pixels([name], dtype) for name in self.heads]
         start = [one.pixels.detach().clone() for one in images]
         optimizers = [torch.optim.Adam([one.pixels], 0.25, (0.5, 0.99)) for one in images]
+        priors = [self.prior(model) for model in models]
 
         def run() -> Tensor:
-            rows = zip(models, self.heads.values(), images, start, optimizers, strict=True)
-            for model, (weight, _), one, first, optimizer in rows:
+            rows = zip(models, priors, self.heads.values(), images, start, optimizers, strict=True)
+            for model, prior, (weight, _), one, first, optimizer in rows:
                 with torch.no_grad():
                     one.pixels.copy_(first)
                 optimizer.zero_grad()
-                logits = F.linear(model(one.views(JITTER)), weight.to(dtype))
-                F.cross_entropy(logits, self.labels).backward()
+                views = one.views(JITTER)
+                with prior.watch(model):
+                    logits = F.linear(model(views), weight.to(dtype))
+                    term = prior(views, [len(views)]).sum()
+                (F.cross_entropy(logits, self.labels) + PRIOR_WEIGHT * term).backward()
                 optimizer.step()
                 one.clamp()
             return torch.cat([one.pixels.grad for one in images])

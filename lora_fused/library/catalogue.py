@@ -296,9 +296,9 @@ def _run(work: Coroutine):
     try:
         return LOOP.run(work)
     except RuntimeError as error:
-        if "LanceError(IO)" not in str(error):
+        lost = _LOST.search(str(error))  # small files and large ones are missed in other words
+        if lost is None and "LanceError(IO)" not in str(error):
             raise
-        lost = _LOST.search(str(error))
         if lost is None:
             raise OSError(f"{OP}: the catalogue must be readable, got {_reason(error)}") from error
         why = "lost, or gone since another compacted: refresh()"

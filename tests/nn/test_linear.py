@@ -184,7 +184,7 @@ def test_a_module_with_other_tokens_can_be_left_out():
     bank.add(Adapter("a", parts))
     model, mixture = Pooled(), Mixture.rows([{"a": 1.0}] * 6, per="token")
     handle = attach(model, bank)
-    left_out = r"'pooler' gets tokens .*, 2 \(attach\(\.\.\., modules=\.\.\.\) can leave .* got 6"
+    left_out = r"attach\(\.\.\., modules=\.\.\.\) can leave .* 'pooler' gets tokens .*, 2, got 6"
     with handle.mix(mixture), pytest.raises(ValueError, match=left_out):
         model(tokens(2, 3))
     handle.detach()

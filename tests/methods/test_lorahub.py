@@ -225,5 +225,5 @@ def test_rejects_models_examples_and_losses():
 
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(RuntimeError, match=r"cma must be installed.*lora-fused\[lorahub\]"):
+    with pytest.raises(RuntimeError, match=r"cma must be installed.*pip install cma numpy"):
         Problem().run()

@@ -114,8 +114,13 @@ def _scores(scores: dict[Key, Score], base: str, seed: int) -> list[str]:
 def _pools(rows: list[dict]) -> str:
     head = ["pool", "images", "steps", "own teacher", "least teacher", "untrained head", "CPU s"]
     names = "images", "steps", "accuracy", "least", "untrained_head", "cpu_seconds"
-    lines = [[f"{r['base']}, {r['method']}", *(_short(r[n]) for n in names)] for r in rows]
+    lines = [[_made(r), *(_short(r[n]) for n in names)] for r in rows]
     return _table(head, lines) if lines else ""
+
+
+def _made(row: dict) -> str:
+    told = f"{row['base']}, {row['method']}"
+    return told if row["seed"] == "0" else f"{told}, seed {row['seed']}"
 
 
 def _batching(rows: list[dict]) -> str:
@@ -143,18 +148,19 @@ def _batching(rows: list[dict]) -> str:
 def _metas(rows: list[dict]) -> str:
     head = ["meta-LoRA", "steps", "loss, first tenth", "last tenth", "CPU s"]
     names = "steps", "first_loss", "last_loss", "cpu_seconds"
-    lines = [[f"{r['base']}, {r['method']}", *(_short(r[n]) for n in names)] for r in rows]
+    lines = [[_made(r), *(_short(r[n]) for n in names)] for r in rows]
     return _table(head, lines) if lines else ""
 
 
 def _teachers(rows: list[dict]) -> str:
     head, lines = ["teachers", "count", "accuracy, mean", "least", "most", "CPU s each"], []
-    for base in dict.fromkeys(row["base"] for row in rows):
-        own = [row for row in rows if row["base"] == base]
+    for base, seed in dict.fromkeys((row["base"], row["seed"]) for row in rows):
+        own = [row for row in rows if (row["base"], row["seed"]) == (base, seed)]
         accuracy = [float(row["accuracy"]) for row in own]
         seconds = statistics.fmean(float(row["cpu_seconds"]) for row in own)
         values = statistics.fmean(accuracy), min(accuracy), max(accuracy)
-        lines.append([base, str(len(own)), *(f"{v:.3f}" for v in values), f"{seconds:.1f}"])
+        title = base if seed == "0" else f"{base}, seed {seed}"
+        lines.append([title, str(len(own)), *(f"{v:.3f}" for v in values), f"{seconds:.1f}"])
     return _table(head, lines) if lines else ""
 
 

@@ -261,8 +261,8 @@ def check_rows(name: str, route: Route, rows: torch.Size) -> None:
     else:
         count, what = rows.numel(), "tokens (rows of x, per='token')"
     if groups != count:
-        rule = "have one row (attach(..., modules=...) can leave a module out), or as many as "
-        rule += f"{name!r} gets {what}, {count}"
+        rule = f"have one row or as many as {name!r} (attach(..., modules=...) can leave it out) "
+        rule += f"gets {what}, {count}"
         raise invalid("mix", "mixture", rule, groups)
 
 

@@ -94,7 +94,7 @@ def test_rows_that_do_not_fit_are_refused_by_module(per):
     rule = {"sample": r"samples \(x.shape\[0\]", "token": r"tokens \(rows of x"}[per]
     with (
         handle.mix(Mixture.rows(["a", "b"], per=per)),
-        pytest.raises(ValueError, match=rf"mix: mixture must .*'embed' gets {rule}.*got 2"),
+        pytest.raises(ValueError, match=rf"mix: mixture must .*'embed' .*gets {rule}.*got 2"),
     ):
         model(tokens(3))
     with (
@@ -184,7 +184,7 @@ def test_a_module_with_other_tokens_can_be_left_out():
     bank.add(Adapter("a", parts))
     model, mixture = Pooled(), Mixture.rows([{"a": 1.0}] * 6, per="token")
     handle = attach(model, bank)
-    left_out = r"attach\(\.\.\., modules=\.\.\.\) can leave .* 'pooler' gets tokens .*, 2, got 6"
+    left_out = r"'pooler' \(attach\(\.\.\., modules=\.\.\.\) can leave it out\) gets .*, 2, got 6"
     with handle.mix(mixture), pytest.raises(ValueError, match=left_out):
         model(tokens(2, 3))
     handle.detach()

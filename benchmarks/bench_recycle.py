@@ -98,12 +98,8 @@ class Inversion:
         self.targets = FeatureStatistics.of_tokens(model, images.clamp(-1, 1)).targets
 
     def prior(self, model: nn.Module) -> Prior:
-        like = next(model.parameters())
-        targets = {
-            name: one._replace(mean=one.mean.to(like), variance=one.variance.to(like))
-            for name, one in self.targets.items()
-        }
-        return Weighted([(FeatureStatistics(model, targets), 0.3), (TotalVariation(), 60.0)])
+        statistics = FeatureStatistics(model, self.targets)
+        return Weighted([(statistics, 0.3), (TotalVariation(), 60.0)])
 
     def attached(self):
         bank = AdapterBank()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from composition_few_shot_methods import METHODS
-from resumable import interval
+from resumable import by_task, interval
 
 COMPARED = ("head", "lora", "full", "uniform", "learned", "lorahub")
 CLOSE = 0.02  # accuracies that differ by no more are comparable
@@ -77,10 +77,7 @@ def difference(data: Found, shots: str, one: str, other: str) -> tuple[list | No
     """
     cells = data.accuracy.get(shots, {})
     first, second = cells.get(one, {}), cells.get(other, {})
-    by_task: dict[str, list[float]] = {}
-    for at in first.keys() & second.keys():
-        by_task.setdefault(at[0], []).append(first[at] - second[at])
-    means = [statistics.fmean(by_task[task]) for task in sorted(by_task)]
+    means = list(by_task({at: first[at] - second[at] for at in first if at in second}).values())
     return interval(means), len(means)
 
 

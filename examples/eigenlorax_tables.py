@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from resumable import interval
+from resumable import by_task, interval
 
 from lora_fused.cli.console import stdout, table
 
@@ -40,20 +40,14 @@ def _method(name: str, rows: dict, lora: dict) -> dict:
         "rate": float(first["rate"]),
         "parameters": int(first["parameters"]),
         "lora_ratio": float(first["lora_ratio"]) if first["lora_ratio"] else None,
-        "accuracy": interval(list(_by_task(accuracy).values())),
-        "minus_lora": interval(list(_by_task(both).values())),
-        "tasks": _by_task(accuracy),
-        "steps_to_95": interval(list(_by_task(steps).values())),
+        "accuracy": interval(list(by_task(accuracy).values())),
+        "minus_lora": interval(list(by_task(both).values())),
+        "tasks": by_task(accuracy),
+        "steps_to_95": interval(list(by_task(steps).values())),
         "saved_mib": mean(float(row["saved_mib"]) for row in rows.values()),
         "train_mib": mean(float(row["train_mib"]) for row in rows.values()),
         "cpu_seconds": mean(float(row["cpu_seconds"]) for row in rows.values()),
     }
-
-
-def _by_task(values: dict[tuple[str, int], float]) -> dict[str, float]:
-    """Means over a task's seeds: these share its texts, so tasks alone are independent draws."""
-    tasks = dict.fromkeys(task for task, _ in values)
-    return {t: statistics.fmean(v for (task, _), v in values.items() if task == t) for t in tasks}
 
 
 def _way(rows: list[dict], way: str) -> dict | None:

@@ -119,8 +119,11 @@ def _pools(rows: list[dict]) -> str:
 
 
 def _made(row: dict) -> str:
-    told = f"{row['base']}, {row['method']}"
-    return told if row["seed"] == "0" else f"{told}, seed {row['seed']}"
+    return _seeded(f"{row['base']}, {row['method']}", row["seed"])
+
+
+def _seeded(title: str, seed: str) -> str:
+    return title if seed == "0" else f"{title}, seed {seed}"
 
 
 def _batching(rows: list[dict]) -> str:
@@ -159,8 +162,8 @@ def _teachers(rows: list[dict]) -> str:
         accuracy = [float(row["accuracy"]) for row in own]
         seconds = statistics.fmean(float(row["cpu_seconds"]) for row in own)
         values = statistics.fmean(accuracy), min(accuracy), max(accuracy)
-        title = base if seed == "0" else f"{base}, seed {seed}"
-        lines.append([title, str(len(own)), *(f"{v:.3f}" for v in values), f"{seconds:.1f}"])
+        shown = [*(f"{v:.3f}" for v in values), f"{seconds:.1f}"]
+        lines.append([_seeded(base, seed), str(len(own)), *shown])
     return _table(head, lines) if lines else ""
 
 

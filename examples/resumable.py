@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -127,6 +127,12 @@ def conditions(threads: int) -> dict:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     machine = models[0] if models else "unknown"
     return {"torch": torch.__version__, "threads": threads, "machine": machine, "commit": commit}
+
+
+def by_task(values: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """Means over a task's seeds: these share its texts, so tasks alone are independent draws."""
+    tasks = dict.fromkeys(task for task, _ in values)
+    return {t: statistics.fmean(v for (task, _), v in values.items() if task == t) for t in tasks}
 
 
 def interval(values: Sequence[float]) -> list[float | None] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_fused.adapters import Adapter, LoraFactors
-from lora_fused.checks import invalid, shape
+from lora_fused.checks import invalid, shape, some
 from lora_fused.io.config import check_config, covers, layers_without, rank_and_scale, saves
 from lora_fused.io.export import config_for
 from lora_fused.io.gaps import gaps
@@ -194,7 +194,7 @@ def _read_folder(folder: Path, file: Path, name: str, allow_pickle: bool) -> Ada
     if missing:
         rule = f"hold factors for every module that {where} selects (layers_to_transform or full "
         rule += "paths in target_modules say so if some have none)"
-        raise invalid("read_adapter", str(file), rule, f"none for {_some(missing)}")
+        raise invalid("read_adapter", str(file), rule, f"none for {some(missing)}")
     declared = config.get("modules_to_save")
     if declared and not any(saves(config, saved) for saved in adapter.saved):
         raise invalid("read_adapter", str(file), f"hold the modules to save {declared}", "none")
@@ -202,10 +202,6 @@ def _read_folder(folder: Path, file: Path, name: str, allow_pickle: bool) -> Ada
         if not saves(config, saved) and saved.rpartition(".")[2] not in ("weight", "bias"):
             raise name_fault(key, file, f"be a LoRA factor or saved by {where}", "neither")
     return adapter
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _read_single(file: Path, name: str, allow_pickle: bool) -> Adapter:

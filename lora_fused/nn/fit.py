@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fused.adapters import AdapterBank, AdapterStack
 from lora_fused.backends import choose
-from lora_fused.checks import invalid
+from lora_fused.checks import invalid, some
 from lora_fused.methods.basis import SharedBasis
 from lora_fused.methods.subspace import Subspace
 from lora_fused.nn.linear import layer_class, layer_sizes, unsupported
@@ -221,9 +221,8 @@ def _sorted(value: object) -> object:
     return sorted(value) if isinstance(value, list) else value
 
 
-def _list(names) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more
+def _list(names: Iterable[str]) -> str:
+    return some(map(repr, names), 5)
 
 
 def _warn(text: str, op: str = _OP) -> None:

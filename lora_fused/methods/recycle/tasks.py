@@ -37,16 +37,15 @@ class Tasks:
     def __init__(self, op: str, pool: Pool, *, ways: int, each: int, interpolate: bool):
         self._ways, self._each, self._interpolate = ways, each, interpolate
         self._classes: list[tuple[int, int, str, Tensor]] = []
+        most = 0
         for teacher, names in enumerate(pool.class_names):
             for label, name in enumerate(names):
                 found = (pool.teachers == teacher) & (pool.labels == label)
                 rows = found.nonzero().flatten()
+                most = max(most, len(rows))
                 if len(rows) >= each:
                     self._classes.append((teacher, label, name, rows))
         if not self._classes:
-            most = int(
-                torch.stack([pool.teachers, pool.labels]).unique(dim=1, return_counts=True)[1].max()
-            )
             rule = f"be at most {most}, the pool's images of a class"
             raise invalid(op, "shots + queries", rule, each)
         of = [teacher for teacher, *_ in self._classes]
